@@ -1,0 +1,109 @@
+r"""The variational bound, by term, for any family.
+
+    L(x_0) = KL(q(x_N|x_0) ‖ p(x_N))                                        prior
+           + Σ_pairs E_{q(x_t|x_0)} KL(q(x_s|x_t, x_0) ‖ p_θ(x_s|x_t))       diffusion
+           + E_{q(x_1|x_0)} [−log p_θ(x_0|x_1)]                             reconstruction
+
+in nats per example, summed over dimensions. L ≥ −log p_θ(x_0). Each expectation is estimated by one
+fresh draw of its own x_t; nothing here knows a family, only distributions.
+
+References:
+    Sohl-Dickstein et al. 2015, section 2.4; Ho, Jain, Abbeel 2020, eq. 5.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nelbo.distributions import kl_divergence, per_example
+from nelbo.reverse import Prediction, Reverse
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The bound of a batch by term, nats per example, float64."""
+
+    prior: Tensor
+    """(B,)"""
+    diffusion: Tensor
+    """(B, N−1); column i−1 is the pair (times[i−1], times[i])."""
+    reconstruction: Tensor
+    """(B,)"""
+
+    @property
+    def total(self) -> Tensor:
+        """(B,) prior + Σ diffusion + reconstruction."""
+        return self.prior + self.diffusion.sum(1) + self.reconstruction
+
+
+def prior_term(model: Reverse, x_0: Tensor, times: Tensor) -> Tensor:
+    """KL(q(x_N|x_0) ‖ p(x_N)), exact, no network call; (B,) nats."""
+    process = model.process
+    marginal = process.marginal(x_0, times[-1])
+    return per_example(kl_divergence(marginal, process.prior(x_0)))
+
+
+def pair_term(at: Prediction, x_0: Tensor, s: Tensor) -> Tensor:
+    """KL(q(x_s|x_t, x_0) ‖ p_θ(x_s|x_t)) at the prediction's (x_t, t); (B,) nats."""
+    posterior = at.model.process.posterior(at.x_t, x_0, at.t, s)
+    return per_example(kl_divergence(posterior, at.kernel(s)))
+
+
+def decoder_term(at: Prediction, x_0: Tensor) -> Tensor:
+    """−log p_θ(x_0|x_1) at the prediction's x_1; (B,) nats."""
+    return -per_example(at.decoder().log_prob(x_0))
+
+
+def term_of(at: Prediction, x_0: Tensor, times: Tensor, index: Tensor) -> Tensor:
+    """The term that a prediction belongs to; (B,) nats.
+
+    Arguments:
+        at: a prediction at x_t ~ q(x_t|x_0), t = times[index].
+        x_0: (B, *shape). times: (N,) increasing. index: (B,) int64 in 0..N−1 or ();
+            0 is the decoder term, i ≥ 1 the pair (times[i−1], times[i]).
+    """
+    if index.dim() == 0:
+        i = int(index)
+        return decoder_term(at, x_0) if i == 0 else pair_term(at, x_0, times[i - 1])
+    edge = index == 0
+    values = torch.zeros(len(x_0), dtype=torch.float64, device=x_0.device)
+    for rows, is_edge in ((edge.nonzero()[:, 0], True), ((~edge).nonzero()[:, 0], False)):
+        if rows.numel() == 0:
+            continue
+        here = rows.to(x_0.device)
+        some, part = at[here], x_0[here]
+        value = decoder_term(some, part) if is_edge else pair_term(some, part, times[index[rows] - 1])
+        values = values.index_copy(0, here, value)
+    return values
+
+
+def draw(model: Reverse, x_0: Tensor, t: Tensor) -> Tensor:
+    """x_t ~ q(x_t|x_0), (B, *shape); t () or (B,)."""
+    return model.process.marginal(x_0, t).sample()
+
+
+def term(model: Reverse, x_0: Tensor, times: Tensor, index: Tensor, cond: Any = None) -> Tensor:
+    """One term per example with one network call: what objectives and evaluation draw.
+
+    Arguments:
+        x_0: (B, *shape). times: (N,). index: () or (B,), see `term_of`.
+    Returns:
+        (B,) nats. Σ_i over 0..N−1 plus `prior_term` is the bound in expectation.
+    """
+    t = times[index]
+    return term_of(model.at(draw(model, x_0, t), t, cond), x_0, times, index)
+
+
+def bound(model: Reverse, x_0: Tensor, times: Tensor, cond: Any = None) -> Bound:
+    """All terms, each with its own draw: N network calls per example.
+
+    Arguments:
+        x_0: (B, *shape) on the model's scale. times: (N,) increasing, float64.
+    """
+    index = torch.arange(len(times))
+    terms = torch.stack([term(model, x_0, times, i, cond) for i in index], dim=1)
+    return Bound(prior_term(model, x_0, times), terms[:, 1:], terms[:, 0])

@@ -1,0 +1,176 @@
+"""The command line: one thin function per subcommand.
+
+A subcommand's signature is its options. Nothing heavy is imported before the command needs it, so
+that help appears at once. Results go to stdout, everything else to stderr. Exit codes: 0 done,
+1 bug, 2 usage, 3 input refused, 4 numerical failure, 5 resources, 130 and 143 stopped after a save.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from nelbo import __version__
+from nelbo.errors import InputRefused, NumericalFailure, ResourceExhausted, UsageError
+
+
+def train(arguments: list[str]) -> int:
+    """Train a recipe, measure its bound, draw samples, write a report."""
+    import tyro
+
+    from nelbo.recipes.options import RECIPES
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: nelbo train RECIPE [PATH] [options]\n\nrecipes:")
+        _print_recipes()
+        print("\n`nelbo train RECIPE --help` lists the options of one.")
+        return 0 if arguments else 2
+    name, rest = arguments[0], arguments[1:]
+    if name not in RECIPES:
+        known = ", ".join(RECIPES)
+        raise UsageError(f"no recipe {name!r}; there are {known}. To see them: nelbo recipes")
+    options = tyro.cli(RECIPES[name], prog=f"nelbo train {name}", args=rest)
+    from nelbo.walks import train as walk
+
+    return walk.run(options, ["train", *arguments])
+
+
+def recipes(arguments: list[str]) -> int:
+    """List the recipes."""
+    _parse("Recipes", arguments)
+    _print_recipes()
+    return 0
+
+
+def _print_recipes() -> None:
+    from nelbo.recipes.options import RECIPES
+
+    for name, kind in RECIPES.items():
+        path = " PATH" if "path" in kind.__annotations__ else ""
+        print(f"  {name + path:14}  {(kind.__doc__ or '').strip()}")
+
+
+def evaluate(arguments: list[str]) -> int:
+    """Measure the bound of a run's model on its data."""
+    options = _parse("Evaluate", arguments)
+    from nelbo.walks import evaluate as walk
+
+    request = walk.Request(
+        options.split, options.calls, options.seed, options.batch, options.limit, options.quiet
+    )
+    _threads(options.threads)
+    walk.run(options.run, options.checkpoint, request, options.device, options.json)
+    return 0
+
+
+def sample(arguments: list[str]) -> int:
+    """Draw samples from a run's model."""
+    options = _parse("Sample", arguments)
+    from nelbo.walks import sample as walk
+
+    _threads(options.threads)
+    walk.run(options)
+    return 0
+
+
+def report(arguments: list[str]) -> int:
+    """Write the report of a run."""
+    options = _parse("Report", arguments)
+    import json
+
+    from nelbo import report as pages
+    from nelbo.rundir import RunDirectory
+
+    RunDirectory(options.run).open()
+    page = pages.write(options.run)
+    print(json.dumps({"schema": 1, "report": str(page)}) if options.json else page)
+    return 0
+
+
+def doctor(arguments: list[str]) -> int:
+    """Check this machine and installation."""
+    options = _parse("Doctor", arguments)
+    from nelbo.walks import doctor as walk
+
+    return walk.run(options.json)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": train,
+    "evaluate": evaluate,
+    "sample": sample,
+    "report": report,
+    "recipes": recipes,
+    "doctor": doctor,
+}
+
+
+def _parse(kind: str, arguments: list[str]) -> Any:
+    import tyro
+
+    from nelbo import commands
+
+    return tyro.cli(getattr(commands, kind), prog=f"nelbo {kind.lower()}", args=arguments)
+
+
+def _threads(count: int | None) -> None:
+    if count is not None:
+        import torch
+
+        torch.set_num_threads(count)
+
+
+def usage() -> str:
+    """The text of `nelbo --help`."""
+    lines = [
+        "usage: nelbo COMMAND [options]",
+        "",
+        "Trains, samples and measures diffusion models: every nat is accounted for.",
+        "",
+    ]
+    for name, command in COMMANDS.items():
+        lines.append(f"  {name:10}  {(command.__doc__ or '').splitlines()[0]}")
+    return "\n".join([*lines, "", "`nelbo COMMAND --help` lists the options of a command."])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    # tyro colours its help whenever the terminal can, also where NO_COLOR is set
+    if os.environ.get("NO_COLOR"):
+        os.environ.setdefault("PYTHON_TYRO_ANSI_CODES", "0")
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if arguments else 2
+    if arguments[0] in ("-V", "--version"):
+        print(f"nelbo {__version__}")
+        return 0
+    return _guarded(arguments)
+
+
+def _guarded(arguments: list[str]) -> int:
+    """Run a command; errors that a user can mend are one message, others a traceback."""
+    try:
+        if arguments[0] not in COMMANDS:
+            raise UsageError(f"no command {arguments[0]!r}\n\n{usage()}")
+        return COMMANDS[arguments[0]](arguments[1:])
+    except (UsageError, InputRefused, NumericalFailure, ResourceExhausted) as error:
+        print(f"nelbo: {error}", file=sys.stderr)
+        return error.exit_code
+    except MemoryError:
+        print("nelbo: out of memory; take a smaller --batch", file=sys.stderr)
+        return ResourceExhausted.exit_code
+    except BrokenPipeError:
+        # the reader of our output is gone; nothing is left to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("nelbo: interrupted", file=sys.stderr)
+        return 130
+    except Exception:
+        traceback.print_exc()
+        print("nelbo: this is a bug of nelbo; please report the lines above", file=sys.stderr)
+        return 1

@@ -1,0 +1,93 @@
+"""What each subcommand can be told, `train` apart: its fields are the command line's options.
+
+The text under each field is its help. Nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Recipes:
+    """List the recipes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """The variational bound of a run's model, by term, with errors."""
+
+    run: tyro.conf.Positional[Path]
+    """Run directory."""
+    calls: int | None = None
+    """Network calls per example; the full bound (every step) by default."""
+    split: Literal["test", "validation", "train"] = "test"
+    """Part of the data."""
+    limit: int | None = None
+    """Only the first so many examples."""
+    checkpoint: str = "newest"
+    """newest, best (by validation bound), or a step."""
+    seed: int = 0
+    """Of the noise and the times."""
+    batch: int = 512
+    """Examples per network call; changes no figure."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    threads: int | None = None
+    """CPU threads."""
+    json: bool = False
+    """Print one JSON document."""
+    quiet: bool = False
+    """No progress on stderr."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Draw samples from a run's model."""
+
+    run: tyro.conf.Positional[Path]
+    """Run directory."""
+    n: int = 64
+    """How many."""
+    sampler: Literal["ancestral", "ddim"] = "ancestral"
+    """ancestral: the model that the bound speaks of. ddim: another one."""
+    eta: float = 0.0
+    """DDIM's noise, 0 deterministic to 1."""
+    steps: int | None = None
+    """Latents to walk over; the model's own grid by default."""
+    out: Path | None = None
+    """Folder for the picture and the array; RUN/samples/NAME by default."""
+    checkpoint: str = "newest"
+    """newest, best (by validation bound), or a step."""
+    seed: int = 0
+    """Of the noise."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    threads: int | None = None
+    """CPU threads."""
+    json: bool = False
+    """Print one JSON document."""
+    quiet: bool = False
+    """No progress on stderr."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Write report.html of a run, and its figures as PNGs."""
+
+    run: tyro.conf.Positional[Path]
+    """Run directory."""
+    json: bool = False
+    """Print one JSON document."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doctor:
+    """Check this machine and installation."""
+
+    json: bool = False
+    """Print one JSON document."""

@@ -1,0 +1,277 @@
+"""The figures of the report: each a PNG, drawn from arrays alone.
+
+Horizontal axes of noise are log-SNR, noise on the left and data on the right. Bands and bars are two
+standard errors wide on either side. Colours are those of Okabe and Ito (2008), told apart by every
+kind of colour vision and by their lightness in print. A figure is drawn for a width in inches, at
+100 CSS pixels to the inch and twice that in pixels, so that its letters keep their size on a phone.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.image import imsave
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[Any]
+
+WIDE, NARROW = 7.2, 3.44
+DPI = 200
+UNIT = "bits/dim"
+INK, MUTED, RULE = "#1c2127", "#5d6673", "#d5dae0"
+BLUE, VERMILION, SKY, GREEN = "#0072b2", "#d55e00", "#56b4e9", "#009e73"
+
+STYLE: dict[str, Any] = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["Arial", "Liberation Sans", "DejaVu Sans"],
+    "font.size": 9.5,
+    "axes.labelsize": 9.5,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "text.color": INK,
+    "text.parse_math": False,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": MUTED,
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0.7,
+    "lines.linewidth": 1.6,
+    "lines.solid_capstyle": "round",
+}
+
+styled = matplotlib.rc_context(STYLE)
+"""Decorator: draw in the style of all figures."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a comparison: a label, a value, its standard error (None: exact), a text."""
+
+    label: str
+    value: float
+    se: float | None
+    text: str
+    ours: bool = False
+
+
+@styled
+def comparison(rows: Sequence[Row], from_zero: bool, width: float) -> bytes:
+    """Values on one axis, a dot each with ± 2 se, the text beside it.
+
+    Arguments:
+        rows: from top to bottom, bits/dim.
+        from_zero: lines lead from 0 to the dots, for code lengths, whose ratios mean something.
+        width: inches.
+    Returns:
+        PNG.
+    """
+    narrow = width <= NARROW
+    figure, axes = canvas(width, 0.75 + len(rows) * (0.5 if narrow else 0.36))
+    values = [row.value for row in rows]
+    for place, row in enumerate(rows):
+        _dot(axes, place, row, from_zero, narrow)
+    low, high = (0.0, max(values)) if from_zero else _spread(rows)
+    axes.set_xlim(low, high + (high - low) * (0.06 if narrow else 0.30))
+    axes.set_ylim(len(rows) - 0.5, -0.72 if narrow else -0.55)
+    axes.set_yticks([] if narrow else range(len(rows)), [] if narrow else [r.label for r in rows])
+    axes.tick_params(axis="y", length=0, pad=8)
+    axes.spines["left"].set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(4 if narrow else 6))
+    axes.set_xlabel(UNIT)
+    return png(figure)
+
+
+def _dot(axes: Axes, place: int, row: Row, from_zero: bool, narrow: bool) -> None:
+    colour = VERMILION if row.ours else BLUE
+    if from_zero:
+        axes.plot([0, row.value], [place, place], color=RULE, lw=1.4, zorder=1)
+    if row.se is None:
+        axes.plot(row.value, place, "D", color=INK, ms=4.5)
+    else:
+        axes.errorbar(
+            row.value, place, xerr=2 * row.se, fmt="o", color=colour, ms=5.5, capsize=3, lw=1.2
+        )
+    if narrow:
+        above = {"textcoords": "offset points", "xycoords": ("axes fraction", "data")}
+        axes.annotate(row.label, (0, place), xytext=(0, 7), ha="left", fontsize=9, **above)
+        axes.annotate(row.text, (1, place), xytext=(0, 7), ha="right", fontsize=9, **above)
+    else:
+        end = (row.value + 2 * (row.se or 0), place)
+        axes.annotate(row.text, end, xytext=(9, 0), textcoords="offset points", va="center_baseline")
+
+
+def _spread(rows: Sequence[Row]) -> tuple[float, float]:
+    low = min(row.value - 2 * (row.se or 0) for row in rows)
+    high = max(row.value + 2 * (row.se or 0) for row in rows)
+    margin = 0.12 * (high - low) or 0.5
+    return low - margin, high + margin
+
+
+def interval(logsnr: ArrayLike, mean: ArrayLike) -> tuple[float, float, float] | None:
+    """The log-SNR below which 10, 50 and 90 % of ∫ mean d(log-SNR) lie; None if it is not > 0.
+
+    Arguments:
+        logsnr, mean: (m,), m ≥ 2, in any order.
+    """
+    order = np.argsort(logsnr)
+    x, y = np.asarray(logsnr, float)[order], np.asarray(mean, float)[order].clip(min=0)
+    mass = np.concatenate([[0.0], np.cumsum((y[1:] + y[:-1]) / 2 * np.diff(x))])
+    if not mass[-1] > 0:
+        return None
+    low, middle, high = np.interp([0.1, 0.5, 0.9], mass / mass[-1], x)
+    return float(low), float(middle), float(high)
+
+
+@styled
+def integrand(logsnr: ArrayLike, mean: ArrayLike, se: ArrayLike, width: float) -> bytes:
+    """The bound's density over log-SNR with a band of ± 2 se; where 80 % of its area lies is filled.
+
+    Arguments:
+        logsnr, mean, se: (m,), mean and se in bits/dim per unit of log-SNR.
+        width: inches.
+    Returns:
+        PNG.
+    """
+    order = np.argsort(logsnr)
+    x, y, error = (np.asarray(values, float)[order] for values in (logsnr, mean, se))
+    figure, axes = canvas(width, 2.9 if width > NARROW else 2.7)
+    axes.fill_between(x, y - 2 * error, y + 2 * error, color=BLUE, alpha=0.28, lw=0)
+    axes.plot(x, y, color=BLUE)
+    axes.set_xlim(x[0], x[-1])
+    axes.set_ylim(min(0.0, float((y - 2 * error).min())), float((y + 2 * error).max()) * 1.16)
+    _mark(axes, x, y)
+    _above(axes, f"{UNIT} per unit of log-SNR")
+    axes.xaxis.set_major_locator(MaxNLocator(8 if width > NARROW else 6, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    for place, side, word in ((0, "left", "← noise"), (0.5, "center", "log-SNR"), (1, "right", "data →")):
+        below = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": side}
+        axes.annotate(word, (place, 0), (0, -29), **below)
+    return png(figure)
+
+
+def _mark(axes: Axes, x: Array, y: Array) -> None:
+    where = interval(x, y)
+    if where is None:
+        return
+    low, middle, high = where
+    inside = np.concatenate([[low], x[(x > low) & (x < high)], [high]])
+    axes.fill_between(inside, np.interp(inside, x, y), color=SKY, alpha=0.25, lw=0)
+    top = axes.get_ylim()[1]
+    axes.plot([middle, middle], [0, np.interp(middle, x, y)], color=INK, lw=0.8, ls=(0, (3, 3)))
+    axes.annotate("", (low, top * 0.95), (high, top * 0.95), arrowprops=_span())
+    axes.annotate(
+        "80 % of the bits", ((low + high) / 2, top * 0.95), (0, 4), textcoords="offset points",
+        ha="center", fontsize=9,
+    )  # fmt: skip
+
+
+def _span() -> dict[str, Any]:
+    return {"arrowstyle": "|-|,widthA=.25,widthB=.25", "lw": 0.8, "color": INK, "shrinkA": 0,
+            "shrinkB": 0}  # fmt: skip
+
+
+@styled
+def learning(training: Array, validation: Array, ratios: bool, width: float) -> bytes:
+    """Training loss, smoothed, and validation bounds ± 2 se.
+
+    Arguments:
+        training: (m, 2) of step, bits/dim. validation: (k, 3) of step, mean, se; nan is unknown.
+        ratios: the values are code lengths, whose ratios mean something; densities are not.
+        width: inches.
+    Returns:
+        PNG.
+    """
+    figure, axes = canvas(width, 2.9 if width > NARROW else 2.7)
+    seen = np.concatenate([smoothed(training[:, 1]), validation[:, 1]])
+    _learning_axes(axes, np.concatenate([training[:, 0], validation[:, 0]]), seen, ratios)
+    if len(training):
+        axes.plot(*training.T, color=SKY, lw=0.6, alpha=0.5)
+        axes.plot(training[:, 0], seen[: len(training)], color=BLUE, label="training loss, smoothed")
+    if len(validation):
+        at, mean, se = validation.T
+        bars = {"fmt": "o", "color": VERMILION, "ms": 4.5, "capsize": 2.5, "lw": 1.1}
+        axes.errorbar(at, mean, yerr=2 * se, label="validation bound ± 2 se", **bars)
+    axes.set_xlabel("step")
+    _above(axes, UNIT)
+    axes.legend(loc="upper right", handlelength=1.6, borderaxespad=0.1)
+    return png(figure)
+
+
+def smoothed(values: Array) -> Array:
+    """Mean over a window centred at i that reaches a tenth of i to either side: even on a log axis.
+
+    Arguments:
+        values: (m,).
+    Returns:
+        (m,).
+    """
+    index = np.arange(len(values))
+    reach = np.minimum(1 + index // 10, np.minimum(index, index[::-1]))
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    smooth: Array = (total[index + reach + 1] - total[index - reach]) / (2 * reach + 1)
+    return smooth
+
+
+def _learning_axes(axes: Axes, steps: Array, seen: Array, ratios: bool) -> None:
+    """Log scales where the range asks for them; the limits follow what is read, not the noise."""
+    low, high = float(np.nanmin(seen)), float(np.nanmax(seen))
+    if steps.min() > 0 and steps.max() >= 30 * steps.min():
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+    if ratios and low > 0 and high > 3 * low:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_ylim(low / 1.12, high * 1.25)
+    else:
+        margin = 0.08 * (high - low) or 0.1
+        axes.set_ylim(low - margin, high + 2 * margin)
+
+
+def _above(axes: Axes, label: str) -> None:
+    """Name the vertical axis in level letters, at its top."""
+    axes.set_title(label, loc="left", fontsize=9.5, pad=9, x=0)
+
+
+def blank(width: float, height: float) -> Figure:
+    """An empty figure of so many inches."""
+    return Figure(figsize=(width, height), dpi=DPI)
+
+
+def canvas(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure with one pair of axes that fills it."""
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)  # type: ignore[union-attr]
+    return figure, figure.subplots()
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG, the same bytes for the same figure."""
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def png_of(colours: Array) -> bytes:
+    """(H, W, 3) uint8 as a PNG, one pixel for each."""
+    buffer = io.BytesIO()
+    imsave(buffer, colours, format="png", metadata={"Software": None})
+    return buffer.getvalue()

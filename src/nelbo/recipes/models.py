@@ -1,0 +1,205 @@
+"""From options to a reverse process: schedule, network, parameterisation, decoder, objective."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from nelbo import objectives
+from nelbo.data.mixture import GaussianMixture
+from nelbo.errors import UsageError
+from nelbo.networks.layers import Fourier, Positions, Timed
+from nelbo.networks.mlp import MLP
+from nelbo.networks.unet import UNet, zero_last
+from nelbo.processes.gaussian import Gaussian
+from nelbo.recipes.options import Diffusion, UNetShape
+from nelbo.reverse import (
+    X0,
+    Between,
+    Decoder,
+    Density,
+    Discretized,
+    Edge,
+    Epsilon,
+    Following,
+    GaussianParameterization,
+    LevelMass,
+    Levels,
+    Lose,
+    Mean,
+    Posterior,
+    Ratio,
+    Reverse,
+    Transition,
+    Variance,
+    Velocity,
+)
+from nelbo.schedules import Cosine, Harmonic, Linear, LogSNRLinear, Schedule, Stepped
+
+
+def schedule_of(options: Diffusion) -> Schedule:
+    """The schedule that the options name."""
+    stepped: dict[str, type[Linear] | type[Cosine] | type[Harmonic]] = {
+        "linear": Linear,
+        "cosine": Cosine,
+        "harmonic": Harmonic,
+    }
+    if options.schedule in stepped:
+        return stepped[options.schedule](options.latents)
+    return LogSNRLinear(options.logsnr_max, options.logsnr_min)
+
+
+def variance_of(options: Diffusion) -> Variance:
+    """The variance of the reverse steps."""
+    kinds: dict[str, type[Variance]] = {
+        "posterior": Posterior,
+        "transition": Transition,
+        "between": Between,
+    }
+    return kinds[options.variance]()
+
+
+def parameterization_of(
+    options: Diffusion, times: Tensor, levels: int | None
+) -> GaussianParameterization:
+    """What the network predicts."""
+    variance = variance_of(options)
+    if options.predict == "levels":
+        if levels is None:
+            raise UsageError("--predict levels needs data with levels; these are real vectors")
+        if variance.learned or options.clip_x0 is not None:
+            raise UsageError("--predict levels takes a fixed variance and no --clip-x0")
+        return Levels(levels, variance)
+    if options.predict == "mean":
+        return Mean(times, variance, options.clip_x0)
+    kinds: dict[str, type[Epsilon] | type[X0] | type[Velocity]] = {
+        "epsilon": Epsilon,
+        "x0": X0,
+        "velocity": Velocity,
+    }
+    return kinds[options.predict](variance, options.clip_x0)
+
+
+def edge_of(options: Diffusion, times: Tensor) -> Edge:
+    """The decoder's variance."""
+    if options.edge == "following":
+        if len(times) < 2:
+            raise UsageError("--edge following needs two latents; take --edge lose")
+        return Following(times[1])
+    return Ratio() if options.edge == "ratio" else Lose()
+
+
+def decoder_of(options: Diffusion, times: Tensor, levels: int | None) -> Decoder:
+    """p(x_0|x_1) on the data's own space."""
+    if (levels is None) != (options.decoder == "density"):
+        kind = "real vectors" if levels is None else f"data with {levels} levels"
+        fit = "density" if levels is None else "discretized"
+        raise UsageError(f"--decoder {options.decoder} does not fit {kind}: take {fit}")
+    edge = edge_of(options, times)
+    if levels is None:
+        return Density(edge)
+    return LevelMass() if options.decoder == "mass" else Discretized(levels, edge)
+
+
+def objective_of(options: Diffusion, times: Tensor) -> objectives.Objective:
+    """What is minimised."""
+    kinds: dict[str, type[objectives.Objective]] = {
+        "vlb": objectives.Vlb,
+        "simple": objectives.Simple,
+        "mean": objectives.Mean,
+        "hybrid": objectives.Hybrid,
+    }
+    return kinds[options.objective](times)
+
+
+def timed(network: nn.Module, schedule: Schedule) -> nn.Module:
+    """Time on the scale 0..T−1 of a chain, 0..1000 of a continuous schedule."""
+    if isinstance(schedule, Stepped):
+        return Timed(network, schedule.steps, -1)
+    return Timed(network, 1000)
+
+
+def unet(options: UNetShape, shape: tuple[int, ...], out: int, timesteps: Schedule) -> nn.Module:
+    """A U-Net for images (C, H, W) under its input wrappers.
+
+    Raises:
+        UsageError: the size does not fit the number of resolutions.
+    """
+    channels, height, width = shape
+    depth = len(options.multipliers)
+    factor = 2 ** (depth - 1)
+    if height % factor or width % factor:
+        raise UsageError(
+            f"{height}x{width} images do not fit {depth} resolutions: both sides must be "
+            f"multiples of {factor}. Give fewer --multipliers, or --size"
+        )
+    widths = tuple(options.channels * m for m in options.multipliers)
+    attend = [height // 2**i in options.attention for i in range(depth)]
+    network: nn.Module = UNet(
+        sample_size=height if height == width else (height, width),
+        in_channels=channels * (1 + 2 * len(options.fourier)) + options.positions,
+        out_channels=out,
+        block_out_channels=widths,
+        layers_per_block=options.layers,
+        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attend),
+        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attend)),
+        dropout=options.dropout,
+        norm_num_groups=_groups(options.channels),
+        attention_head_dim=None,
+        norm_eps=1e-6,
+    )
+    zero_last(network)
+    if options.positions:
+        network = Positions(network, (height, width), options.positions)
+    if options.fourier:
+        network = Fourier(network, options.fourier)
+    return timed(network, timesteps)
+
+
+def _groups(channels: int) -> int:
+    """The largest divisor of the width up to 32 that leaves at least 4 channels in a group."""
+    return max(g for g in range(1, 33) if channels % g == 0 and (channels // g >= 4 or g == 1))
+
+
+def assemble(
+    options: Diffusion, levels: int | None, network: nn.Module, times: Tensor, schedule: Schedule
+) -> Reverse:
+    """Put the parts together."""
+    return Reverse(
+        Gaussian(schedule),
+        network,
+        parameterization_of(options, times, levels),
+        decoder_of(options, times, levels),
+    )
+
+
+def mlp(dims: int, width: int, depth: int, out: int) -> nn.Module:
+    """A residual perceptron for vectors; time stays in [0, 1]."""
+    return MLP(dims, width=width, depth=depth, out=out)
+
+
+class ExactDenoiser(nn.Module):
+    """E[x_0|x_t] of a Gaussian mixture: the network that no network can beat.
+
+    Arguments:
+        mixture: on the model's scale. schedule: that of the process.
+    """
+
+    def __init__(self, mixture: GaussianMixture, schedule: Schedule) -> None:
+        super().__init__()
+        self.mixture = mixture
+        self.schedule = schedule
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        """(B, D), in the dtype of x_t."""
+        keep, lose = self.schedule.keep(t), self.schedule.lose(t)
+        return self.mixture.denoise(x_t.double(), keep, lose).to(x_t.dtype)
+
+
+def exact_model(options: Diffusion, mixture: GaussianMixture, times: Tensor) -> Reverse:
+    """The reverse process with the exact denoiser, same grid, variance and decoder."""
+    schedule = schedule_of(options)
+    network = ExactDenoiser(mixture, schedule)
+    parameterization = X0(Posterior() if options.variance == "between" else variance_of(options))
+    return Reverse(
+        Gaussian(schedule), network, parameterization, decoder_of(options, times, None)
+    )

@@ -1,0 +1,32 @@
+"""A recipe: everything a run consists of, built and typed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from nelbo.data.base import Dataset
+from nelbo.objectives import Objective
+from nelbo.recipes.options import Options
+from nelbo.reverse import Reverse
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What `build` makes of options.
+
+    Arguments:
+        model: with fresh weights. times: (N,) the grid on which it is trained and measured.
+        exact: the model whose denoiser is exact, on the same grid (toys).
+        description: short words for reports: what the bound is a bound of.
+    """
+
+    name: str
+    options: Options
+    dataset: Dataset
+    model: Reverse
+    times: Tensor
+    objective: Objective
+    exact: Reverse | None = None
+    description: dict[str, str] = field(default_factory=dict)

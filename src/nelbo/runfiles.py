@@ -1,0 +1,157 @@
+"""What a report reads of a run directory.
+
+    recipe.json, status.json, environment.json    what was asked for, how it went, where
+    metrics.jsonl                                 training losses and validation bounds by step
+    evaluation/test*.json and .npz                the bound of the test part, and of each example
+    samples/samples.npz, strip.npz                samples beside data, trajectories
+
+Of several evaluations of the test part the one of the latest step counts, and among those the one
+with most network calls. Only recipe.json must be there. A file that is there and cannot be understood is refused by name:
+a report that leaves it out would tell less than the run does.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nelbo.errors import InputRefused
+from nelbo.files import read_json
+
+Array = NDArray[Any]
+Json = dict[str, Any]
+EVALUATION = ("data", "model", "terms", "calls_per_example")
+
+
+@dataclass(frozen=True)
+class Run:
+    """The contents of a run directory; a part that is not there yet is empty."""
+
+    path: Path
+    recipe: Json
+    status: Json
+    environment: Json
+    evaluation: Json
+    measured: Path
+    """The file that `evaluation` was read from."""
+    per_example: dict[str, Array]
+    samples: dict[str, Array]
+    strip: dict[str, Array]
+    training: Array
+    """(m, 2) of step, loss in bits/dim."""
+    validation: Array
+    """(k, 3) of step, mean, se in bits/dim; nan where the se is unknown."""
+
+    @property
+    def data(self) -> Json:
+        """The record of the data, with what the evaluation knows of it."""
+        known: Json = self.recipe.get("data", {}) | self.evaluation.get("data", {})
+        return known
+
+
+def load(path: Path) -> Run:
+    """Read the files of a run directory.
+
+    Raises:
+        InputRefused: there is no recipe.json, or a file cannot be understood; it is named.
+    """
+    if not (path / "recipe.json").is_file():
+        raise InputRefused(
+            f"{path}: not a run directory (no recipe.json); `nelbo train RECIPE` makes one"
+        )
+    training, validation = _metrics(path / "metrics.jsonl")
+    measured = _measured(path / "evaluation")
+    return Run(
+        path=path,
+        recipe=_json(path / "recipe.json", "recipe"),
+        status=_json(path / "status.json", "state", "step", "steps"),
+        environment=_json(path / "environment.json"),
+        evaluation=_json(measured, *EVALUATION),
+        measured=measured,
+        per_example=_arrays(measured.with_suffix(".npz")),
+        samples=_arrays(path / "samples" / "samples.npz", "samples"),
+        strip=_arrays(path / "samples" / "strip.npz", "forward", "reverse", "logsnr"),
+        training=training,
+        validation=validation,
+    )
+
+
+def _measured(folder: Path) -> Path:
+    """The evaluation of the whole test part that counts: latest step, most calls."""
+    found = [path for path in sorted(folder.glob("test*.json")) if _whole(path)]
+    return max(found, key=_rank, default=folder / "test.json")
+
+
+def _whole(path: Path) -> bool:
+    """test.json or test-*.json; test100-*.json is of the first hundred examples."""
+    return path.stem == "test" or path.stem.startswith("test-")
+
+
+def _rank(path: Path) -> tuple[int, float]:
+    document = _json(path, *EVALUATION)
+    return document["model"].get("step", 0), document["calls_per_example"]
+
+
+def _json(path: Path, *needed: str) -> Json:
+    if not path.is_file():
+        return {}
+    document: Json = read_json(path)
+    _need(path, document, needed)
+    return document
+
+
+def _arrays(path: Path, *needed: str) -> dict[str, Array]:
+    if not path.is_file():
+        return {}
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in archive.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise InputRefused(f"{path}: cannot be read as arrays ({error})") from error
+    _need(path, arrays, needed)
+    return arrays
+
+
+def _need(path: Path | str, found: Any, needed: tuple[str, ...]) -> None:
+    if not isinstance(found, Mapping):
+        raise InputRefused(f"{path}: expected a JSON object")
+    missing = [name for name in needed if name not in found]
+    if missing:
+        raise InputRefused(f"{path}: lacks {', '.join(missing)}; make it again")
+
+
+def _metrics(path: Path) -> tuple[Array, Array]:
+    """Losses and validations by step; of a step that was walked twice, the later record."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    losses: dict[int, list[float]] = {}
+    bounds: dict[int, list[float]] = {}
+    # What follows the last line end is being written at this moment.
+    for number, line in enumerate(text.split("\n")[:-1], 1):
+        record = _record(f"{path}, line {number}", line)
+        step = record["step"]
+        if "loss" in record:
+            losses[step] = [step, record["loss"]]
+        if "validation" in record:
+            bounds[step] = [step, record["validation"]["mean"], record["validation"]["se"]]
+    return _table(losses, 2), _table(bounds, 3)
+
+
+def _record(place: str, line: str) -> Json:
+    try:
+        record: Json = json.loads(line)
+    except ValueError as error:
+        raise InputRefused(f"{place}: not JSON ({error}); remove this line") from error
+    _need(place, record, ("step",))
+    return record
+
+
+def _table(rows: dict[int, list[float]], columns: int) -> Array:
+    """Rows in the order of their steps; null is nan."""
+    return np.array([rows[step] for step in sorted(rows)], float).reshape(-1, columns)

@@ -1,0 +1,222 @@
+r"""Training: players that minimise their losses in turn, one update each per iteration.
+
+Diffusion has one player, a game has two. `Trainer` is an iterator of `Record`s and knows neither
+files nor screens. All randomness of update k is a function of (seed, k, rank): a run continued
+from the state after k updates is, bit for bit on a CPU, the run that was never interrupted.
+
+An exponential moving average of the weights is kept in float32 beside the model, with the decay
+min(d, (1 + k)/(10 + k)) at update k, so that early weights are forgotten quickly.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nelbo.errors import NumericalFailure
+from nelbo.randomness import seeded
+
+
+class Player(NamedTuple):
+    """One side of the training: a module, its optimiser, and its loss on a batch."""
+
+    name: str
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    loss: Callable[[Tensor], Tensor]
+    """(B, *shape) -> (B,) per-example losses; draws from the global generator."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one update did."""
+
+    step: int
+    """Updates done, this one included."""
+    losses: Mapping[str, float]
+    """Mean loss by player, in the loss's own unit."""
+    grad_norms: Mapping[str, float]
+    rate: float
+    examples: int
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Learning rate by update: linear warm-up, then constant or a half cosine to zero.
+
+    Arguments:
+        peak: rate after the warm-up. steps: updates in all. warmup: updates of the warm-up.
+        decay: "cosine" or "constant".
+    """
+
+    peak: float
+    steps: int
+    warmup: int = 0
+    decay: str = "cosine"
+
+    def __call__(self, step: int) -> float:
+        """The rate of the update with 0-based number `step`."""
+        if step < self.warmup:
+            return self.peak * (step + 1) / self.warmup
+        if self.decay == "constant":
+            return self.peak
+        progress = (step - self.warmup) / max(self.steps - self.warmup, 1)
+        return self.peak * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+class EMA:
+    """A float32 moving average of a module's floating tensors, as a module of its own.
+
+    Arguments:
+        module: what is averaged.
+        decay: d; 0 follows the module exactly.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+        for parameter in self.module.parameters():
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        """Move towards `module` after the update with 0-based number `step`."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        shadow = list(self.module.parameters())
+        current = [p.detach().to(s.dtype) for p, s in zip(module.parameters(), shadow, strict=True)]
+        torch._foreach_lerp_(shadow, current, 1 - decay)
+        for mine, theirs in zip(self.module.buffers(), module.buffers(), strict=True):
+            mine.copy_(theirs)
+
+
+class Trainer:
+    """Iterate to train: `for record in trainer`.
+
+    Arguments:
+        players: in the order in which they move.
+        batch: update number -> (B, *shape), the examples of that update.
+        rate: learning rate by update number, for all players.
+        steps: updates in all.
+        seed, rank: every draw of update k is a function of (seed, k, rank).
+        ema: decay of the averaged weights.
+        clip: largest gradient norm, None for no clipping.
+        accumulation: parts into which a batch is split to save memory.
+        autocast: a function that gives the context of the forward pass (bf16), or None.
+    """
+
+    def __init__(
+        self,
+        players: list[Player],
+        batch: Callable[[int], Tensor],
+        rate: Rate,
+        *,
+        steps: int,
+        seed: int,
+        rank: int = 0,
+        ema: float = 0.999,
+        clip: float | None = None,
+        accumulation: int = 1,
+        autocast: Callable[[], AbstractContextManager[None]] | None = None,
+    ) -> None:
+        self.players = players
+        self.batch = batch
+        self.rate = rate
+        self.steps = steps
+        self.seed = seed
+        self.rank = rank
+        self.clip = clip
+        self.accumulation = accumulation
+        self.autocast = autocast if autocast is not None else nullcontext
+        self.averages = {p.name: EMA(p.module, ema) for p in players}
+        self.step = 0
+
+    def __iter__(self) -> Iterator[Record]:
+        while self.step < self.steps:
+            yield self.update()
+
+    def update(self) -> Record:
+        """One update of every player.
+
+        Raises:
+            NumericalFailure: a loss or gradient is not finite; no weight has changed.
+        """
+        rate = self.rate(self.step)
+        x_0 = self.batch(self.step)
+        losses, norms = {}, {}
+        for player in self.players:
+            with seeded(self.seed, "train", player.name, self.step, self.rank):
+                losses[player.name], norms[player.name] = self._move(player, x_0, rate)
+            self.averages[player.name].update(player.module, self.step)
+        self.step += 1
+        return Record(self.step, losses, norms, rate, len(x_0))
+
+    def _move(self, player: Player, x_0: Tensor, rate: float) -> tuple[float, float]:
+        player.module.train()
+        player.optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for part in x_0.chunk(self.accumulation):
+            with self.autocast():
+                loss = player.loss(part).sum() / len(x_0)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        limit = math.inf if self.clip is None else self.clip
+        norm = float(nn.utils.clip_grad_norm_(player.module.parameters(), limit))
+        self._check(player.name, total, norm)
+        for group in player.optimizer.param_groups:
+            group["lr"] = rate
+        player.optimizer.step()
+        return total, norm
+
+    def _check(self, name: str, loss: float, norm: float) -> None:
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        what = "loss" if not math.isfinite(loss) else "gradient norm"
+        raise NumericalFailure(
+            f"the {what} of {name} is {loss if what == 'loss' else norm} at update {self.step + 1}; "
+            "the weights of update "
+            f"{self.step} are unchanged. Lower the learning rate, lengthen the warm-up or clip"
+        )
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """All tensors of the state by group; the step number is `self.step`."""
+        state: dict[str, dict[str, Tensor]] = {}
+        for player in self.players:
+            state[player.name] = dict(player.module.state_dict())
+            state[f"{player.name}-ema"] = dict(self.averages[player.name].module.state_dict())
+            state[f"{player.name}-optimizer"] = _optimizer_tensors(player.optimizer)
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
+        """Continue from a state after `step` updates; names and shapes must match exactly."""
+        for player in self.players:
+            player.module.load_state_dict(dict(state[player.name]))
+            self.averages[player.name].module.load_state_dict(dict(state[f"{player.name}-ema"]))
+            _load_optimizer(player.optimizer, state[f"{player.name}-optimizer"])
+        self.step = step
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{index}.{name}": value
+        for index, entry in state.items()
+        for name, value in entry.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    entries: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        entries.setdefault(int(index), {})[name] = value.clone()
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": entries, "param_groups": groups})

@@ -1,0 +1,186 @@
+"""Evaluate: a run's model, its test data, and a document in which every figure has its error."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nelbo import console
+from nelbo.data.base import Dataset
+from nelbo.estimate import Estimate
+from nelbo.evaluation import TERMS, Evaluation, evaluate
+from nelbo.files import write_json_atomic
+from nelbo.recipes.recipe import Recipe
+from nelbo.reverse import Reverse
+from nelbo.walks.stored import Stored, device_of, open_run
+
+PILOT = 64
+"""Training examples on which the strata of a few-call evaluation are fixed."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure."""
+
+    split: str = "test"
+    calls: int | None = None
+    seed: int = 0
+    batch: int = 512
+    limit: int | None = None
+    quiet: bool = False
+
+
+def measure(recipe: Recipe, model: Reverse, request: Request, title: str = "evaluate") -> Evaluation:
+    """The bound of `model` on a part of the recipe's data, with progress on stderr."""
+    dataset = recipe.dataset
+    rows = getattr(dataset, request.split)[: request.limit]
+    device = next(iter([*model.parameters(), *model.buffers()])).device
+    with console.Meter(title, 1, "calls", request.quiet) as meter:
+        return evaluate(
+            model,
+            rows,
+            recipe.times,
+            encode=dataset.encode,
+            calls=request.calls,
+            pilot=dataset.train[:PILOT],
+            batch=request.batch,
+            seed=request.seed,
+            offset=dataset.offset(),
+            device=device,
+            track=lambda done, total: meter.update(done, total=total),
+        )
+
+
+def document(recipe: Recipe, step: int, request: Request, result: Evaluation) -> dict[str, Any]:
+    """The JSON document of an evaluation (schema 1)."""
+    dataset = recipe.dataset
+    return {
+        "schema": 1,
+        "data": {
+            "name": dataset.name,
+            "split": request.split,
+            "n": len(result.prior),
+            "dims": dataset.dims,
+            "shape": list(dataset.shape()),
+            "levels": dataset.levels,
+            "sha256": dataset.record.get("sha256"),
+        },
+        "model": {**recipe.description, "weights": "ema", "step": step},
+        "calls_per_example": result.calls,
+        "pilot_calls": result.pilot_calls,
+        "seed": request.seed,
+        "terms": _terms(result, dataset.dims),
+        "baselines": baselines(dataset, request),
+    }
+
+
+def _terms(result: Evaluation, dims: int) -> dict[str, Any]:
+    estimates = result.estimates()
+    return {name: entry(estimates[name], dims) for name in TERMS}
+
+
+def entry(estimate: Estimate, dims: int) -> dict[str, Any]:
+    """bits/dim with errors, and the same mean in bits per example."""
+    return {
+        **estimate.bits_per_dim(dims).as_json(),
+        "mean_bits_per_example": estimate.mean / math.log(2),
+    }
+
+
+def baselines(dataset: Dataset, request: Request) -> dict[str, Any]:
+    """Uniform coding and the training histogram of each dimension, where data has levels."""
+    if dataset.levels is None or request.split != "test":
+        return {}
+    histogram = Estimate.of(dataset.histogram_baseline()[: request.limit], exact=True)
+    uniform = dataset.uniform_baseline()
+    exact = Estimate(uniform, 0.0, 0.0, histogram.n)
+    return {
+        "uniform": entry(exact, dataset.dims),
+        "histogram": entry(histogram, dataset.dims),
+    }
+
+
+def truth(recipe: Recipe, request: Request) -> dict[str, Any]:
+    """What is known exactly of a toy: its entropy, and the bound of the exact denoiser."""
+    known = recipe.dataset.truth
+    if known is None or recipe.exact is None:
+        return {}
+    dims = recipe.dataset.dims
+    exact = measure(recipe, recipe.exact, request, "exact denoiser")
+    entropy = Estimate(known.entropy, 0.0, 0.0, exact.estimates()["total"].n)
+    return {"truth": {"entropy": entry(entropy, dims), "exact_denoiser": _terms(exact, dims)}}
+
+
+def write(
+    stored: Stored, request: Request, result: Evaluation, extra: dict[str, Any]
+) -> dict[str, Any]:
+    """Write evaluation/*.json and *.npz; returns the document.
+
+    The name holds what was measured, so that another measurement never replaces this one.
+    """
+    value = {**document(stored.recipe, stored.step, request, result), **extra}
+    calls = "full" if request.calls is None else f"calls{request.calls}"
+    part = request.split if request.limit is None else f"{request.split}{request.limit}"
+    name = f"{part}-step{stored.step:08d}-{calls}-seed{request.seed}"
+    folder = stored.directory.evaluation
+    folder.mkdir(exist_ok=True)
+    _write_npz(folder / f"{name}.npz", result)
+    write_json_atomic(folder / f"{name}.json", value)
+    return value
+
+
+def _write_npz(path: Path, result: Evaluation) -> None:
+    arrays = {name: value.numpy() for name, value in result.values().items()}
+    if result.integrand is not None:
+        for field in ("logsnr", "mean", "se"):
+            arrays[f"integrand_{field}"] = getattr(result.integrand, field).numpy()
+    temporary = path.with_name(f".tmp-{path.name}")
+    with open(temporary, "wb") as file:
+        np.savez(file, **arrays)
+    temporary.replace(path)
+
+
+def lines(value: dict[str, Any]) -> str:
+    """The document as a table for people."""
+    data, model = value["data"], value["model"]
+    rows = [[name, *_row(value["terms"][name])] for name in TERMS]
+    rows += [[f"baseline {name}", *_row(row)] for name, row in value["baselines"].items()]
+    for name, row in value.get("truth", {}).items():
+        label = "entropy of the data" if name == "entropy" else "exact denoiser"
+        rows.append([label, *_row(row if name == "entropy" else row["total"])])
+    head = (
+        f"{data['name']}, {data['split']} split, n = {data['n']}, {data['dims']} dimensions\n"
+        f"{model['parameterization']}, variance {model['variance']}, decoder {model['decoder']}\n"
+        f"{model['grid']}; weights {model['weights']} of step {model['step']}; "
+        f"{value['calls_per_example']:g} network calls per example\n"
+    )
+    header = ["bound", "bits/dim", "± se", "± se_mc", "bits/example"]
+    return console.clean(head) + "\n" + console.table(rows, header)
+
+
+def _row(term: dict[str, Any]) -> list[str]:
+    def number(x: float | None, digits: int = 4) -> str:
+        return "?" if x is None else f"{x:.{digits}f}"
+
+    return [
+        number(term["mean"]),
+        number(term["se"]),
+        number(term["se_mc"]),
+        number(term["mean_bits_per_example"], 2),
+    ]
+
+
+def run(
+    path: Path, which: str, request: Request, device: str, as_json: bool
+) -> dict[str, Any]:
+    """`nelbo evaluate`: open, measure, write, print."""
+    stored = open_run(path, which, device_of(device))
+    result = measure(stored.recipe, stored.recipe.model, request)
+    value = write(stored, request, result, truth(stored.recipe, request))
+    print(json.dumps(value, indent=1) if as_json else lines(value))
+    return value

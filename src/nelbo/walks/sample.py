@@ -1,0 +1,154 @@
+"""Sample: draws from a run's model, beside real data, and a strip of one walk each way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nelbo import console
+from nelbo.commands import Sample
+from nelbo.errors import UsageError
+from nelbo.pictures import save_grid
+from nelbo.randomness import seeded
+from nelbo.recipes.recipe import Recipe
+from nelbo.reverse import Reverse
+from nelbo.samplers import DDIM, Ancestral, Sampler, sample
+from nelbo.walks.stored import Stored, device_of, open_run
+
+STRIP = 9
+"""States of a strip."""
+
+
+def sampler_of(name: str, eta: float) -> Sampler:
+    """The sampler that --sampler names."""
+    if name == "ddim":
+        return DDIM(eta)
+    return Ancestral()
+
+
+def grid_of(recipe: Recipe, steps: int | None) -> Tensor:
+    """The model's own grid, or `steps` of its times.
+
+    Raises:
+        UsageError: more steps than the model has.
+    """
+    if steps is None or steps == len(recipe.times):
+        return recipe.times
+    if not 1 <= steps <= len(recipe.times):
+        raise UsageError(f"--steps {steps}: this model has a grid of {len(recipe.times)}")
+    return recipe.model.process.schedule.grid(steps)
+
+
+def draw(
+    recipe: Recipe,
+    model: Reverse,
+    count: int,
+    sampler: Sampler,
+    times: Tensor,
+    seed: int,
+    device: str,
+    quiet: bool = False,
+    batch: int = 256,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`count` samples as stored data, and the reverse strip of the first eight.
+
+    A sample is a function of (seed, batch number), not of how many are asked for.
+    """
+    marks = _marks(len(times))
+    out: list[Tensor] = []
+    strip: list[Tensor] = []
+    done, total = 0, -(-count // batch) * (len(times) + 1)
+    with console.Meter("sample", total, "steps", quiet) as meter:
+        for number in range(-(-count // batch)):
+            with seeded(seed, "sample", number):
+                shape = (batch, *recipe.dataset.shape())
+                walk = enumerate(sample(model, sampler, times, shape, device))
+                for k, (_, x_t) in walk:
+                    done += 1
+                    meter.update(done)
+                    if number == 0 and (k in marks or k == len(times)):
+                        strip.append(x_t.cpu())
+            out.append(recipe.dataset.decode(x_t.cpu()))
+    return torch.cat(out)[:count], {"reverse": torch.stack([s[:512] for s in strip])}
+
+
+def _marks(n: int) -> set[int]:
+    return {round(k * (n - 1) / (STRIP - 2)) for k in range(STRIP - 1)}
+
+
+def forward_strip(recipe: Recipe, times: Tensor, count: int, seed: int) -> Tensor:
+    """(k, count, *shape) one trajectory of the forward process, from data to noise."""
+    process = recipe.model.process
+    marks = sorted(len(times) - 1 - k for k in _marks(len(times)))
+    x = recipe.dataset.encode(recipe.dataset.test[:count])
+    states, before = [x], None
+    with seeded(seed, "forward"):
+        for k in marks:
+            law = (
+                process.marginal(x, times[k])
+                if before is None
+                else process.transition(x, times[before], times[k])
+            )
+            x, before = law.sample(), k
+            states.append(x)
+    return torch.stack(states)
+
+
+def write(
+    stored: Stored,
+    folder: Path,
+    samples: Tensor,
+    strip: dict[str, Tensor],
+    times: Tensor,
+    seed: int,
+) -> dict[str, Any]:
+    """Write samples.npz with real data beside it, strip.npz and two pictures into a folder."""
+    dataset = stored.recipe.dataset
+    folder.mkdir(parents=True, exist_ok=True)
+    real = dataset.test[: len(samples)]
+    process = stored.recipe.model.cpu().process
+    marks = sorted(len(times) - 1 - k for k in _marks(len(times)))
+    count = 512 if dataset.levels is None else 8
+    forward = forward_strip(stored.recipe, times, count, seed)
+    _save(folder / "samples.npz", samples=samples.numpy(), real=real.numpy())
+    _save(
+        folder / "strip.npz",
+        forward=forward.numpy(),
+        reverse=strip["reverse"][:, :count].numpy(),
+        logsnr=np.r_[np.inf, process.schedule.logsnr(times[torch.tensor(marks)]).numpy()],
+    )
+    save_grid(folder / "samples.png", samples[:100].numpy(), dataset.levels)
+    save_grid(folder / "real.png", real[:100].numpy(), dataset.levels)
+    return {"picture": str(folder / "samples.png"), "array": str(folder / "samples.npz")}
+
+
+def _save(path: Path, **arrays: Any) -> None:
+    temporary = path.with_name(f".tmp-{path.name}")
+    with open(temporary, "wb") as file:
+        np.savez(file, **arrays)
+    temporary.replace(path)
+
+
+def run(options: Sample) -> None:
+    """`nelbo sample`: open, draw, write, print where."""
+    device = device_of(options.device)
+    stored = open_run(options.run, options.checkpoint, device)
+    recipe = stored.recipe
+    times = grid_of(recipe, options.steps)
+    sampler = sampler_of(options.sampler, options.eta)
+    samples, strip = draw(
+        recipe, recipe.model, options.n, sampler, times, options.seed, device, options.quiet
+    )
+    name = f"{options.sampler}-step{stored.step:08d}-grid{len(times)}-seed{options.seed}"
+    folder = options.out or stored.directory.samples / name
+    if options.out is not None and folder.exists():
+        raise UsageError(f"{folder} exists, and nothing in it is overwritten: name another --out")
+    paths = write(stored, folder, samples, strip, times, options.seed)
+    about = {"schema": 1, "n": len(samples), "sampler": options.sampler, "grid": len(times)}
+    value = {**about, "seed": options.seed, "step": stored.step, **paths}
+    print(json.dumps(value) if options.json else "\n".join(paths.values()))

@@ -1,0 +1,113 @@
+"""A run as it lies on disk, opened: recipe, data, and a model with the weights of a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nelbo import checkpoint
+from nelbo.errors import InputRefused, UsageError
+from nelbo.recipes.build import build
+from nelbo.recipes.options import Options, restored
+from nelbo.recipes.recipe import Recipe
+from nelbo.rundir import RunDirectory
+
+PLAYER = "model"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An opened run: the recipe's model holds the averaged weights of `step`."""
+
+    directory: RunDirectory
+    recipe: Recipe
+    step: int
+    info: dict[str, Any]
+
+
+def device_of(name: str) -> str:
+    """The device that --device names.
+
+    Raises:
+        UsageError: it is not there.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: no CUDA device was found; take --device cpu")
+    return name
+
+
+def options_of(directory: RunDirectory) -> Options:
+    """The options with which a run was started."""
+    written = directory.open()
+    try:
+        return restored(written["recipe"], written["options"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputRefused(f"{directory.path / 'recipe.json'}: {error}") from error
+
+
+def check_data(directory: RunDirectory, recipe: Recipe) -> None:
+    """Refuse data that is no longer what the run was trained on."""
+    before = directory.open().get("data", {}).get("sha256")
+    now = recipe.dataset.record.get("sha256")
+    if before != now:
+        raise InputRefused(
+            f"{recipe.dataset.record.get('path', recipe.dataset.name)}: the data changed since "
+            f"this run was started (SHA-256 {str(now)[:12]}..., then {str(before)[:12]}...); "
+            "put the old data back, or start a new run"
+        )
+
+
+def open_run(path: Path, which: str = "newest", device: str = "cpu") -> Stored:
+    """Build the model of a run and load the averaged weights of a checkpoint.
+
+    Arguments:
+        which: "newest", "best" (by validation bound), or a step number.
+    Raises:
+        InputRefused: no run, no valid checkpoint, data that changed, or tensors that do not fit.
+    """
+    directory = RunDirectory(path)
+    recipe = build(options_of(directory))
+    check_data(directory, recipe)
+    step, loaded = _choose(directory, which)
+    state = loaded.tensors.get(f"{PLAYER}-ema", {})
+    where = str(checkpoint.step_path(directory.checkpoints, step))
+    checkpoint.check_tensors(state, recipe.model.state_dict(), where)
+    recipe.model.load_state_dict(state)
+    recipe.model.to(device).eval()
+    return Stored(directory, recipe, step, loaded.info)
+
+
+def _choose(directory: RunDirectory, which: str) -> tuple[int, checkpoint.Loaded]:
+    if which == "newest":
+        step, loaded, _ = checkpoint.newest_valid(directory.checkpoints)
+        return step, loaded
+    wanted = best_step(directory) if which == "best" else which
+    if wanted is None or not str(wanted).isdigit():
+        have = ", ".join(str(step) for step, _ in checkpoint.steps(directory.checkpoints))
+        raise UsageError(f"--checkpoint {which}: take newest, best or one of the steps {have}")
+    path = checkpoint.step_path(directory.checkpoints, int(wanted))
+    return int(wanted), checkpoint.load(path)
+
+
+def best_step(directory: RunDirectory) -> int | None:
+    """The checkpoint with the lowest validation bound; None if none was validated."""
+    scores: list[tuple[float, int]] = []
+    for step, path in checkpoint.steps(directory.checkpoints):
+        score = _validation(path)
+        if score is not None:
+            scores.append((score, step))
+    return min(scores)[1] if scores else None
+
+
+def _validation(path: Path) -> float | None:
+    try:
+        info = checkpoint.load(path).info
+    except InputRefused:
+        return None  # an invalid checkpoint cannot be the best; loading it would say why
+    value = info.get("validation")
+    return None if value is None else float(value["mean"])

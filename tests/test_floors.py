@@ -1,0 +1,332 @@
+"""The architecture, asserted: floors, no cycles, no hidden imports, no pickle, no long files.
+
+A module imports only from lower floors. Floor 0 has two storeys of its own, and so have the
+packages, where `base`, `layers` and their like come first; elsewhere modules of one floor do not
+know each other. Imports inside functions count like all others, and only the command line may
+have first-party ones (so that `nelbo --help` need not import torch).
+"""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+_SOURCE = Path(__file__).resolve().parents[1] / "src" / "nelbo"
+
+# Module: (floor, storey). A module that is not here fails the tests: give it a place.
+_FLOORS = {
+    "errors": (0, 0),
+    "files": (0, 1),
+    "randomness": (0, 1),
+    "distributions": (0, 1),
+    "schedules": (0, 1),
+    "estimate": (0, 1),
+    "distributed": (0, 1),
+    "checkpoint": (0, 2),
+    "console": (0, 2),
+    "processes.base": (1, 0),
+    "processes.gaussian": (1, 1),
+    "processes.bernoulli": (1, 1),
+    "processes": (1, 9),
+    "networks.layers": (1, 0),
+    "networks.attention": (1, 0),
+    "networks.unet_config": (1, 0),
+    "networks.unet_blocks": (1, 1),
+    "networks.mlp": (1, 2),
+    "networks.resnet": (1, 2),
+    "networks.unet": (1, 2),
+    "networks": (1, 9),
+    "data.mixture": (1, 0),
+    "data.files": (1, 0),
+    "data.provenance": (1, 0),
+    "data.decoding": (1, 1),
+    "data.loading": (1, 0),
+    "data.base": (1, 1),
+    "data.splits": (1, 2),
+    "data.toys": (1, 3),
+    "data.arrays": (1, 3),
+    "data.cifar": (1, 3),
+    "data.embedded": (1, 3),
+    "data.idx": (1, 3),
+    "data.images": (1, 3),
+    "data.sources": (1, 4),
+    "data": (1, 9),
+    "reverse": (2, 0),
+    "figures": (2, 0),
+    "gan": (2, 0),
+    "jsd": (2, 0),
+    "rundir": (2, 0),
+    "bound": (3, 0),
+    "samplers": (3, 0),
+    "conditioning": (3, 0),
+    "pictures": (3, 0),
+    "objectives": (4, 0),
+    "evaluation": (4, 0),
+    "likelihood": (4, 0),
+    "derivation": (4, 0),
+    "trainer": (4, 0),
+    "interop": (4, 0),
+    "report": (4, 0),
+    "recipes.options": (5, 0),
+    "recipes.recipe": (5, 1),
+    "recipes.models": (5, 1),
+    "recipes.build": (5, 2),
+    "recipes": (5, 9),
+    "commands": (5, 0),
+    "walks.signals": (6, 0),
+    "walks.stored": (6, 0),
+    "walks.doctor": (6, 0),
+    "walks.evaluate": (6, 1),
+    "walks.sample": (6, 1),
+    "walks.train": (6, 2),
+    "walks": (6, 9),
+    "cli": (7, 0),
+    "__main__": (8, 0),
+    "": (0, 9),
+}
+_DEFERRING = {"cli"}
+_VAGUE = {"utils", "util", "helpers", "helper", "misc", "core", "manager", "common"}
+_PICKLING = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+_MOST_LINES = 300
+
+
+class Import(NamedTuple):
+    module: str  # the importer, and
+    target: str  # what it imports, both relative to the package ("" is the package itself)
+    line: int
+    nested: bool
+
+
+def _modules(root: Path) -> dict[str, Path]:
+    named = {}
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        named[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return named
+
+
+def _imports(module: str, path: Path, modules: dict[str, Path]) -> Iterator[Import]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+    nested = {id(x) for f in ast.walk(tree) if isinstance(f, functions) for x in ast.walk(f)}
+    package = path.name == "__init__.py"
+    for node in ast.walk(tree):
+        for name in _first_party(node, module, package):
+            # `from nelbo.data import toys` names a module, `from nelbo.data import digits` not.
+            target = name if name in modules else name.rpartition(".")[0]
+            yield Import(module, target, getattr(node, "lineno", 0), id(node) in nested)
+
+
+def _first_party(node: ast.AST, module: str, package: bool) -> list[str]:
+    """Absolute names below nelbo that a node imports."""
+    names: list[str] = []
+    if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+        above = f"nelbo.{module}".rstrip(".").split(".")
+        base = ".".join(above[: len(above) - node.level + package]) if node.level else ""
+        origin = ".".join(part for part in (base, node.module) if part)
+        names = [f"{origin}.{alias.name}" for alias in node.names]
+    elif isinstance(node, ast.Call) and _called(node) in {"import_module", "__import__"}:
+        names = [a.value for a in node.args if isinstance(a, ast.Constant)]  # type: ignore[misc]
+    return [n[6:] for n in names if isinstance(n, str) and (n + ".").startswith("nelbo.")]
+
+
+def _called(node: ast.Call) -> str:
+    return getattr(node.func, "attr", "") or getattr(node.func, "id", "")
+
+
+def _may(module: str, target: str) -> bool:
+    mine, other = _FLOORS[module], _FLOORS[target]
+    neighbours = mine[0] == 0 or module.split(".")[0] == target.split(".")[0]
+    return other[0] < mine[0] or (other[0] == mine[0] and other[1] < mine[1] and neighbours)
+
+
+def _floor_faults(root: Path) -> list[str]:
+    modules = _modules(root)
+    faults = [f"{module}: has no floor in the table" for module in modules.keys() - _FLOORS.keys()]
+    for module in modules.keys() & _FLOORS.keys():
+        for found in _imports(module, modules[module], modules):
+            if found.target not in _FLOORS or not _may(module, found.target):
+                faults.append(f"{module}:{found.line} imports {found.target or 'nelbo'}")
+            if found.nested and module not in _DEFERRING:
+                faults.append(f"{module}:{found.line} hides an import in a function")
+    return sorted(faults)
+
+
+def _cycle(root: Path) -> list[str]:
+    modules = _modules(root)
+    graph = {
+        module: {found.target for found in _imports(module, path, modules)}
+        for module, path in modules.items()
+    }
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def _habit_faults(root: Path) -> list[str]:
+    faults = []
+    for module, path in _modules(root).items():
+        text = path.read_text(encoding="utf-8")
+        if (lines := len(text.splitlines())) > _MOST_LINES:
+            faults.append(f"{module}: {lines} lines, the most is {_MOST_LINES}")
+        if _VAGUE & set(module.replace(".", "_").split("_")):
+            faults.append(f"{module}: a name that says nothing")
+        faults += [f"{module}:{line} {what}" for line, what in _pickling(ast.parse(text))]
+    return sorted(faults)
+
+
+def _pickling(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Ways to read or write a pickle: modules, torch.load and torch.save, allow_pickle."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            roots = {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            roots = {(node.module or "").split(".")[0]}
+            if node.module == "torch" and {"load", "save"} & {a.name for a in node.names}:
+                yield node.lineno, "imports load or save from torch"
+        else:
+            roots = set()
+        if roots & _PICKLING:
+            yield node.lineno, "imports a pickler"  # type: ignore[attr-defined]
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in {"torch.load", "torch.save"}:
+            yield node.lineno, ast.unparse(node)
+        if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+            if not (isinstance(node.value, ast.Constant) and node.value.value is False):
+                yield node.value.lineno, "allows pickle"
+
+
+def test_floors() -> None:
+    assert _floor_faults(_SOURCE) == []
+
+
+def test_no_cycles() -> None:
+    assert _cycle(_SOURCE) == []
+
+
+def test_habits() -> None:
+    assert _habit_faults(_SOURCE) == []
+
+
+def test_the_source_was_found() -> None:
+    found = _modules(_SOURCE)
+    assert {"", "errors", "checkpoint", "processes", "processes.gaussian"} <= found.keys()
+    imported = {i.target for m, p in found.items() for i in _imports(m, p, found)}
+    assert {"errors", "processes.base", "schedules"} <= imported
+
+
+def test_the_package_itself_is_light() -> None:
+    """`import nelbo` and `nelbo.errors` must not import torch or numpy: `--help` is fast."""
+    code = (
+        "import sys, nelbo, nelbo.errors; print({'torch', 'numpy'} & set(sys.modules) or 'none')"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == "none"
+
+
+_PLANTED = {
+    "upwards": ("bound.py", "from nelbo.evaluation import x", "bound:1 imports evaluation"),
+    "sideways": ("bound.py", "import nelbo.samplers", "bound:1 imports samplers"),
+    "relative": ("reverse.py", "from . import bound", "reverse:1 imports bound"),
+    "deep relative": ("data/toys.py", "from ..reverse import x", "data.toys:1 imports reverse"),
+    "sibling above": (
+        "processes/base.py",
+        "from .gaussian import x",
+        "processes.base:1 imports processes.gaussian",
+    ),
+    "sibling by name": (
+        "processes/base.py",
+        "from nelbo.processes import gaussian",
+        "processes.base:1 imports processes.gaussian",
+    ),
+    "own package": ("data/toys.py", "from nelbo.data import x", "data.toys:1 imports data"),
+    "other package": (
+        "networks/unet.py",
+        "import nelbo.processes.base",
+        "networks.unet:1 imports processes.base",
+    ),
+    "for types": (
+        "schedules.py",
+        "import typing\nif typing.TYPE_CHECKING:\n    from nelbo.cli import x",
+        "schedules:3 imports cli",
+    ),
+    "by string": (
+        "reverse.py",
+        "import importlib\nimportlib.import_module('nelbo.bound')",
+        "reverse:2 imports bound",
+    ),
+    "upwards in a function": (
+        "bound.py",
+        "def f():\n    from nelbo import report",
+        "bound:2 imports report",
+    ),
+    "hidden": (
+        "bound.py",
+        "def f():\n    from nelbo.errors import x",
+        "bound:2 hides an import in a function",
+    ),
+    "no place": ("novel.py", "", "novel: has no floor in the table"),
+}
+
+
+def _plant(root: Path, file: str, text: str) -> Path:
+    for name in ("bound", "samplers", "evaluation", "report", "reverse", "cli", "errors"):
+        (root / f"{name}.py").write_text("")
+    for name in ("processes", "networks", "data"):
+        (root / name).mkdir()
+        (root / name / "__init__.py").write_text("")
+    for name in ("processes/base.py", "processes/gaussian.py", "__init__.py"):
+        (root / name).write_text("")
+    assert _floor_faults(root) == [] and _cycle(root) == [] and _habit_faults(root) == []
+    (root / file).write_text(text)
+    return root
+
+
+@pytest.mark.parametrize("kind", _PLANTED)
+def test_planted_imports_are_caught(kind: str, tmp_path: Path) -> None:
+    file, text, fault = _PLANTED[kind]
+    assert fault in _floor_faults(_plant(tmp_path, file, text))
+
+
+def test_a_planted_cycle_is_caught(tmp_path: Path) -> None:
+    root = _plant(tmp_path, "errors.py", "def f():\n    import nelbo.bound")
+    (root / "bound.py").write_text("from nelbo.errors import x")
+    assert set(_cycle(root)) == {"errors", "bound"}
+
+
+def test_what_is_allowed_is_not_caught(tmp_path: Path) -> None:
+    root = _plant(tmp_path, "cli.py", "def f():\n    from nelbo.evaluation import x")
+    (root / "processes/gaussian.py").write_text("from nelbo.processes.base import x\nimport torch")
+    (root / "processes/__init__.py").write_text("from .gaussian import x")
+    (root / "reverse.py").write_text("from nelbo.processes import x\nfrom nelbo import errors")
+    assert _floor_faults(root) == [] and _cycle(root) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "fault"),
+    [
+        ("image_utils.py", "", "image_utils: a name that says nothing"),
+        ("data/core.py", "", "data.core: a name that says nothing"),
+        ("bound.py", "\n" * 301, "bound: 301 lines, the most is 300"),
+        ("bound.py", "def f():\n    import pickle", "bound:2 imports a pickler"),
+        ("bound.py", "from pickle import loads", "bound:1 imports a pickler"),
+        ("bound.py", "import torch\ntorch.load('x')", "bound:2 torch.load"),
+        ("bound.py", "import torch\nf = torch.save", "bound:2 torch.save"),
+        ("bound.py", "from torch import load", "bound:1 imports load or save from torch"),
+        ("bound.py", "f(x, allow_pickle=True)", "bound:1 allows pickle"),
+    ],
+)
+def test_planted_habits_are_caught(file: str, text: str, fault: str, tmp_path: Path) -> None:
+    assert fault in _habit_faults(_plant(tmp_path, file, text))
