@@ -18,26 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from nelbo.bound import decoder_term, prior_term, term_of
+from nelbo.decoders import Constant, Discretized, Edge, Following, Lose
 from nelbo.distributions import DiagonalNormal, DiscretizedNormal, kl_divergence, level_values
+from nelbo.parameterizations import X0, Epsilon, Velocity
 from nelbo.processes.gaussian import Gaussian
-from nelbo.reverse import (
-    Between,
-    Constant,
-    Discretized,
-    Edge,
-    Epsilon,
-    Following,
-    Lose,
-    Posterior,
-    Prediction,
-    Reverse,
-    Transition,
-    Variance,
-    Velocity,
-    X0,
-)
+from nelbo.reverse import Prediction, Reverse
 from nelbo.samplers import DDIM
 from nelbo.schedules import Cosine, Harmonic, Linear, Stepped, Tabulated
+from nelbo.variances import Between, Posterior, Transition, Variance
 
 FOLDER = Path(__file__).parent / "golden"
 DIMS = 48
@@ -282,7 +270,6 @@ def check_terms(
     assert_near(values[:, 0], expected[:, 0], allow.decoder, allow.absolute, f"decoder {what}")
     assert_near(values[:, 1:], expected[:, 1:], allow.pair, allow.absolute, f"pairs {what}")
     prior = prior_term(model, c.x_0[c.index == 0], c.times) * BITS
-    # float32 cannot hold ½(k x² + l − 1 − log l) to a part in 1e3 where it is below 1e-7
     assert_near(prior, golden[f"{prefix}prior"][where[0]], allow.total, allow.absolute, what)
     total = prior + values.sum(1)
     assert_near(total, golden[f"{prefix}total"][where], allow.total, allow.absolute, what)
@@ -330,9 +317,7 @@ def check_decoders(
         assert_near(value * BITS, reference, tolerance, allow.absolute, f"{rule} {where}")
 
 
-def check_kept(
-    golden: dict[str, Any], where: tuple[int, ...], c: Chain, at: Prediction
-) -> None:
+def check_kept(golden: dict[str, Any], where: tuple[int, ...], c: Chain, at: Prediction) -> None:
     """x_t, posterior mean, x̂_0, model mean and learned log variance at the kept steps."""
     s, p, v, x = where
     allow = TOLERANCES[c.x_0.dtype]
@@ -448,7 +433,7 @@ def check_ddim(where: tuple[int, ...], at: Prediction, time: Tensor, allow: floa
         assert_scaled(mean[0], golden["ddim_mean"][(*where, e)], allow, f"ddim {where} {eta}")
         assert_near(sigma, golden["ddim_std"][s, pair, e], 1e-10, 1e-13, "std")
         if at.model.parameterization.clip is not None:
-            raw, _ = DDIM(eta, clipped_noise=False).mean_and_sigma(
-                at.model, at.x_t, at.t, time
+            raw, _ = DDIM(eta, clipped_noise=False).mean_and_sigma(at.model, at.x_t, at.t, time)
+            assert_scaled(
+                raw[0], golden["ddim_mean_raw_eps"][s, pair, p, e], allow, f"raw {where}"
             )
-            assert_scaled(raw[0], golden["ddim_mean_raw_eps"][s, pair, p, e], allow, f"raw {where}")

@@ -124,16 +124,25 @@ def normalisation(case: Case) -> None:
 
 def chapman_kolmogorov(case: Case) -> None:
     """∫ q(x_t|x_s) q(x_s|x_r) dx_s = q(x_t|x_r), pointwise."""
-    process, x_0 = case.process, case.data
     torch.manual_seed(1)
     for r, s, t in case.triples():
-        x_r = process.marginal(x_0, r).sample()
-        x_t = process.transition(x_r, r, t).sample()
-        composed = integrate(
-            process.transition(x_r, r, s), lambda x: process.transition(x, s, t).log_prob(x_t)
-        )
-        direct = process.transition(x_r, r, t).log_prob(x_t)
-        near(composed, direct, 1e-9, f"q(x_{float(t):.4g}|x_{float(r):.4g})")
+        x_r = case.process.marginal(case.data, r).sample()
+        first, direct = (case.process.transition(x_r, r, u) for u in (s, t))
+        x_t = direct.sample()
+        composed = integrate(first, then(case.process, x_t, s, t))
+        near(composed, direct.log_prob(x_t), 1e-9, f"q(x_{float(t):.4g}|x_{float(r):.4g})")
+
+
+def then(process: Process, x_t: Tensor, s: Tensor, t: Tensor) -> Callable[[Tensor], Tensor]:
+    """x_s ↦ log q(x_t|x_s)."""
+    return lambda x_s: process.transition(x_s, s, t).log_prob(x_t)
+
+
+def before(
+    process: Process, x_s: Tensor, x_0: Tensor, t: Tensor, s: Tensor
+) -> Callable[[Tensor], Tensor]:
+    """x_t ↦ log q(x_s|x_t, x_0)."""
+    return lambda x_t: process.posterior(x_t, x_0, t, s).log_prob(x_s)
 
 
 def any_subset(case: Case) -> None:
@@ -145,9 +154,9 @@ def any_subset(case: Case) -> None:
         for s, t in zip(times[kept[:-1]], times[kept[1:]], strict=True):
             here, there = process.marginal(x_0, s), process.marginal(x_0, t)
             x_s, x_t = here.sample(), there.sample()
-            forward = integrate(here, lambda x: process.transition(x, s, t).log_prob(x_t))
+            forward = integrate(here, then(process, x_t, s, t))
             near(forward, there.log_prob(x_t), 1e-9, "forward")
-            back = integrate(there, lambda x: process.posterior(x, x_0, t, s).log_prob(x_s))
+            back = integrate(there, before(process, x_s, x_0, t, s))
             near(back, here.log_prob(x_s), 1e-9, "backward")
 
 
@@ -246,4 +255,3 @@ LAWS: list[Callable[[Case], None]] = [
     prior_limit,
     finite_gradients,
 ]
-

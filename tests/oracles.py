@@ -23,21 +23,13 @@ from goldens import assert_near, load
 from torch import Tensor, nn
 
 from nelbo.bound import Bound, prior_term, term_of
+from nelbo.decoders import Density, Edge, Following, Lose
+from nelbo.parameterizations import X0
 from nelbo.processes.base import along
 from nelbo.processes.gaussian import Gaussian, Pair
-from nelbo.reverse import (
-    X0,
-    Density,
-    Edge,
-    Following,
-    Lose,
-    Parameterization,
-    Posterior,
-    Reverse,
-    Transition,
-    Variance,
-)
+from nelbo.reverse import Parameterization, Reverse
 from nelbo.schedules import Cosine, Harmonic, Linear, LogSNRLinear, Schedule, Stepped, Tabulated
+from nelbo.variances import Posterior, Transition, Variance
 
 FALSE_ALARM = 1e-6
 
@@ -98,7 +90,9 @@ class GaussianData(Known):
     def prior_kl(self, keep: float) -> float:
         """KL(q(x_N)‖N(0, I)) of the marginal after noise, in closed form."""
         values = keep * self.eigenvalues + (1 - keep)
-        return float(0.5 * (values - 1 - values.log() + keep * (self.axes.T @ self.mean) ** 2).sum())
+        return float(
+            0.5 * (values - 1 - values.log() + keep * (self.axes.T @ self.mean) ** 2).sum()
+        )
 
     def mmse(self, logsnr: Tensor) -> Tensor:
         """trace Cov(x_0|x_t), the shape of logsnr."""
@@ -113,7 +107,9 @@ class MixtureData(Known):
         self.std = std
         count, self.dims = self.means.shape
         uniform = torch.full((count,), 1 / count, dtype=torch.float64)
-        self.weights = uniform if weights is None else torch.as_tensor(weights).double()
+        self.weights = (
+            uniform if weights is None else torch.as_tensor(weights, dtype=torch.float64)
+        )
 
     def log_marginal(self, x_t: Tensor, keep: Tensor, lose: Tensor) -> tuple[Tensor, Tensor]:
         """log q(x_t) (B,) and the log responsibilities (B, K)."""
@@ -178,7 +174,7 @@ class ExactDenoiser(nn.Module):
 
 
 class Exact(Variance):
-    """σ² = β̃ + (√k_s c)² Var(x_0|x_t), Var(x_0|x_t) from the network; the decoder's is the latter."""
+    """σ² = β̃ + (√k_s c)² Var(x_0|x_t), Var(x_0|x_t) learned; the decoder takes it."""
 
     learned = True
 
@@ -187,7 +183,9 @@ class Exact(Variance):
         low, from_data = along(pair.log_posterior.exp(), like), along(pair.from_data, like)
         return (low + from_data**2 * extra).log()
 
-    def edge(self, log_low: Tensor, log_lose: Tensor, extra: Tensor | None, like: Tensor) -> Tensor:
+    def edge(
+        self, log_low: Tensor, log_lose: Tensor, extra: Tensor | None, like: Tensor
+    ) -> Tensor:
         assert extra is not None
         return extra.log()
 
@@ -288,7 +286,9 @@ def expected_bound(model: Reverse, points: Points, times: Tensor) -> Bound:
     """E over the points: prior (1,), diffusion (1, N−1), reconstruction (1,)."""
     each = bound_at(model, points, times)
     w = points.weight
-    return Bound((w @ each.prior)[None], (w @ each.diffusion)[None], (w @ each.reconstruction)[None])
+    return Bound(
+        (w @ each.prior)[None], (w @ each.diffusion)[None], (w @ each.reconstruction)[None]
+    )
 
 
 # --- checks shared with the planted bugs ---------------------------------------------------------
@@ -353,7 +353,7 @@ def model_law(model: Reverse, times: Tensor, dims: int) -> tuple[Tensor, Tensor]
     laws = [at[~later].decoder(), at[later].kernel(before)]
     values = torch.cat([law.mean for law in laws]).view(len(times), dims + 1, dims)
     spreads = torch.cat([law.variance for law in laws]).view(len(times), dims + 1, dims)[:, 0]
-    mean, cov = torch.zeros(dims).double(), torch.eye(dims).double()
+    mean, cov = torch.zeros(dims, dtype=torch.float64), torch.eye(dims, dtype=torch.float64)
     for value, spread in zip(values.flip(0), spreads.flip(0), strict=True):
         slope = (value[1:] - value[0]).T
         mean, cov = slope @ mean + value[0], slope @ cov @ slope.T + torch.diag(spread)

@@ -6,13 +6,23 @@ import math
 
 import pytest
 import torch
-from goldens import BITS, assert_near, build, chain, check_bound, check_strided, load, schedule, terms
+from goldens import (
+    BITS,
+    assert_near,
+    build,
+    chain,
+    check_bound,
+    check_strided,
+    load,
+    schedule,
+    terms,
+)
 from oracles import (
     Exact,
     GaussianData,
     MixtureData,
-    at_logsnr,
     assert_mean,
+    at_logsnr,
     bound_at,
     chains,
     check_entropy,
@@ -30,8 +40,10 @@ from oracles import (
 from torch import Tensor
 
 from nelbo.bound import bound, term, term_of
-from nelbo.reverse import Constant, Edge, Following, Lose, Posterior, Reverse, Transition
+from nelbo.decoders import Constant, Edge, Following, Lose
+from nelbo.reverse import Reverse
 from nelbo.schedules import Cosine, Harmonic, LogSNRLinear, Schedule
+from nelbo.variances import Posterior, Transition
 
 DTYPES = [torch.float64, torch.float32]
 
@@ -108,7 +120,7 @@ def test_exact_kernels_give_the_density_of_every_point(steps: int) -> None:
         model = exact_model(data, q, Exact())
         keep, lose = float(q.keep(times[-1])), float(q.lose(times[-1]))
         for x in (-1.0, 0.0, 0.5, 3.0):
-            x_0 = torch.tensor([x]).double()
+            x_0 = torch.tensor([x], dtype=torch.float64)
             total = float(expected_bound(model, noise_points(x_0), times).total)
             variance = keep * v + lose
             prior = keep * x**2 + lose
@@ -135,7 +147,7 @@ def test_every_subset_is_a_bound_of_its_own_chain() -> None:
     ("variance", "truth"), [("exact", 1.062573), ("β", 1.098951), ("β̃", 3.186402)]
 )
 def test_reference_values_of_a_gaussian(variance: str, truth: float) -> None:
-    """N(.5, .49) at log-SNRs 4, 2, 0, −2, −6 with the exact mean and decoder (entropy 1.062264)."""
+    """N(.5, .49) at log-SNRs 4, 2, 0, −2, −6 exact mean and decoder; entropy 1.062264."""
     data = GaussianData([0.5], [[0.49]])
     q = at_logsnr([4, 2, 0, -2, -6])
     times = q.grid()
@@ -150,7 +162,9 @@ def test_inserting_a_time_halves_by_the_mmse_curve() -> None:
     """I37: with σ² = β̃, u between s and t changes the bound by ½(snr_s − snr_u)(M_u − M_t)."""
     data = GaussianData([0.5, -1.0], [[0.49, 0.2], [0.2, 0.3]])
     q = LogSNRLinear(6.0, -6.0)
-    coarse, fine = (torch.tensor(t).double() for t in ([0.0, 0.3, 1.0], [0.0, 0.3, 0.55, 1.0]))
+    coarse, fine = (
+        torch.tensor(t, dtype=torch.float64) for t in ([0.0, 0.3, 1.0], [0.0, 0.3, 0.55, 1.0])
+    )
     model = exact_model(data, q, Posterior(), Lose())
     a, b = (float(expected_bound(model, gaussian_points(data), t).total) for t in (coarse, fine))
     snr, mmse = q.logsnr(fine).exp(), data.mmse(q.logsnr(fine))
@@ -161,8 +175,8 @@ def test_inserting_a_time_halves_by_the_mmse_curve() -> None:
 def brute_mmse(data: MixtureData, logsnr: float) -> float:
     """E Var(x_0|x_t) in one dimension by summing Bayes' rule over fine grids of x_0 and of x_t."""
     keep, lose = 1 / (1 + math.exp(-logsnr)), 1 / (1 + math.exp(logsnr))
-    x_0 = torch.linspace(-4, 4, 2001).double()
-    x_t = torch.linspace(-7, 7, 3001).double()[:, None]
+    x_0 = torch.linspace(-4, 4, 2001, dtype=torch.float64)
+    x_t = torch.linspace(-7, 7, 3001, dtype=torch.float64)[:, None]
     prior = data.log_density(x_0[:, None]).exp()
     joint = prior * torch.exp(-((x_t - math.sqrt(keep) * x_0) ** 2) / (2 * lose))
     mass = joint.sum(1)
@@ -177,13 +191,13 @@ def test_mixture_bound_follows_from_its_mmse_curve() -> None:
     q = at_logsnr([3.0, 1.5, 0.0, -1.5, -4.0])
     times = q.grid()
     model = exact_model(data, q, Posterior(), Lose())
-    value = expected_bound(model, mixture_points(data, 80), times)
+    value = expected_bound(model, mixture_points(data, 60), times)
     snr = q.logsnr(times).exp()
-    mmse = torch.tensor([brute_mmse(data, float(v)) for v in q.logsnr(times)]).double()
-    assert_near(value.diffusion[0], 0.5 * (snr[:-1] - snr[1:]) * mmse[1:], 1e-7, 0, "pairs")
+    mmse = torch.tensor([brute_mmse(data, float(v)) for v in q.logsnr(times)], dtype=torch.float64)
+    assert_near(value.diffusion[0], 0.5 * (snr[:-1] - snr[1:]) * mmse[1:], 1e-9, 0, "pairs")
     log_lose = math.log(float(q.lose(times[0])))
     decoder = 0.5 * (math.log(2 * math.pi) + log_lose + float(mmse[0]) * math.exp(-log_lose))
-    assert_near(value.reconstruction[0], decoder, 1e-7, 0, "decoder")
+    assert_near(value.reconstruction[0], decoder, 1e-9, 0, "decoder")
     keep, second = float(q.keep(times[-1])), 0.09 + 0.2 + 0.5 * 0.16 + 0.3 * 1.44
     prior = 0.5 * (keep * (second - 1) - math.log(1 - keep))
     assert_near(value.prior[0], prior, 1e-9, 0, "prior")
@@ -204,7 +218,7 @@ def test_mixture_bound_closes_on_the_entropy_like_1_over_n() -> None:
 
 
 def mixture_entropy(data: MixtureData) -> float:
-    x = torch.linspace(-4, 4, 8001).double()[:, None]
+    x = torch.linspace(-4, 4, 8001, dtype=torch.float64)[:, None]
     log_density = data.log_density(x)
     return float(-(log_density.exp() * log_density).sum() * 8 / 8000)
 
@@ -251,7 +265,7 @@ def test_golden_ring_denoiser() -> None:
 @pytest.mark.parametrize("name", ["cosine", "logsnr"])
 @pytest.mark.parametrize("steps", [4, 20, 200])
 def test_golden_ring_bound(name: str, steps: int) -> None:
-    """E L by Monte Carlo against quadrature; three comparisons, false alarms ≤ 1e-6 together."""
+    """E L by Monte Carlo against quadrature; six comparisons, false alarms ≤ 1e-6 together."""
     golden, data = load("mixture2d"), ring(8, 1.0, 0.15)
     q = ring_schedule(name, steps)
     times, n = q.grid(steps), {4: 40_000, 20: 20_000, 200: 2_000}[steps]
@@ -260,9 +274,8 @@ def test_golden_ring_bound(name: str, steps: int) -> None:
         v = golden["variants"].tolist().index(variant)
         truth = float(golden[f"bound_{name}_N{steps}/total_nats"][v])
         values = bound(ring_model(variant, q, times), data.draw(n), times)
-        assert_mean(values.total, truth, 3, f"{name} {steps} {variant}")
-        prior = golden[f"bound_{name}_N{steps}/prior_nats"]
-        assert abs(float(values.prior.mean()) - float(prior)) < 0.05 * float(prior) + 1e-12
+        assert_mean(values.total, truth, 6, f"{name} {steps} {variant}")
+        assert_mean(values.prior, float(golden[f"bound_{name}_N{steps}/prior_nats"]), 6, "prior")
 
 
 def test_the_ring_comparison_detects_a_denoiser_off_by_ten_percent() -> None:
@@ -273,7 +286,7 @@ def test_the_ring_comparison_detects_a_denoiser_off_by_ten_percent() -> None:
     model = ring_model("small_beta", q, q.grid(), scale=0.9)
     values = bound(model, ring(8, 1.0, 0.15).draw(20_000), q.grid()).total
     z = (float(values.mean()) - truth) / float(values.std() / math.sqrt(len(values)))
-    assert z > 2 * z_limit(3)
+    assert z > 2 * z_limit(6)
 
 
 # --- single terms --------------------------------------------------------------------------------
@@ -299,7 +312,7 @@ def test_term_draws_what_bound_draws() -> None:
     q = at_logsnr([3.0, 0.0, -3.0])
     times = q.grid()
     model = exact_model(data, q, Transition(), Lose())
-    x_0 = torch.tensor([[1.2]]).double()
+    x_0 = torch.tensor([[1.2]], dtype=torch.float64)
     truth = bound_at(model, noise_points(x_0[0]), times)
     expected = torch.cat([truth.reconstruction.mean()[None], truth.diffusion.mean(0)])
     torch.manual_seed(0)
@@ -315,7 +328,10 @@ def test_term_draws_what_bound_draws() -> None:
 def test_bound_shapes_and_units() -> None:
     """(B,), (B, N−1), (B,) in float64, summed over dimensions: D copies cost D times one."""
     q = Cosine(7)
-    one, many = GaussianData([0.5], [[0.49]]), GaussianData([0.5] * 5, 0.49 * torch.eye(5).double())
+    one, many = (
+        GaussianData([0.5], [[0.49]]),
+        GaussianData([0.5] * 5, 0.49 * torch.eye(5, dtype=torch.float64)),
+    )
     values = []
     for data in (one, many):
         model = exact_model(data, q, Posterior(), Lose())

@@ -85,10 +85,10 @@ def test_log_cdf_and_its_gradient_in_both_tails(dtype: torch.dtype) -> None:
     (gradient,) = torch.autograd.grad(value.sum(), x)
     left = x.detach()[:4].double()
     series = -left * (1 + left**-2 - 2 * left**-4)
-    normal = torch.distributions.Normal(*torch.tensor([0.0, 1.0]).double())
+    normal = torch.distributions.Normal(*torch.tensor([0.0, 1.0], dtype=torch.float64))
     middle = x.detach()[4:7].double()
     ratio = normal.log_prob(middle).exp() / normal.cdf(middle)
-    expected = torch.cat([series, ratio, torch.zeros(2).double()])
+    expected = torch.cat([series, ratio, torch.zeros(2, dtype=torch.float64)])
     tolerance = 1e-11 if dtype == torch.float64 else 1e-5
     torch.testing.assert_close(gradient.double(), expected, rtol=tolerance, atol=0)
     torch.testing.assert_close(
@@ -99,7 +99,7 @@ def test_log_cdf_and_its_gradient_in_both_tails(dtype: torch.dtype) -> None:
 def test_narrow_bins_approach_the_density() -> None:
     """With 65536 levels, log P(j) = log density + log width up to O(width²)."""
     mean = torch.linspace(-0.8, 0.8, 9, dtype=torch.float64)
-    logvar = torch.tensor(-3.0).double()
+    logvar = torch.tensor(-3.0, dtype=torch.float64)
     level = torch.arange(3000, 63001, 7500)
     x = level_values(65536, mean)[level]
     expected = DiagonalNormal(mean, logvar).log_prob(x) + math.log(2 / 65535)
@@ -119,7 +119,11 @@ def test_levels_survive_the_model_scale(levels: int, dtype: torch.dtype) -> None
 def test_draws_of_levels_have_the_masses() -> None:
     """Frequencies of 5 levels over 200000 draws against P(j)."""
     torch.manual_seed(0)
-    mean, logvar, n = torch.tensor([0.4]).double(), torch.tensor(-0.5).double(), 200_000
+    mean, logvar, n = (
+        torch.tensor([0.4], dtype=torch.float64),
+        torch.tensor(-0.5, dtype=torch.float64),
+        200_000,
+    )
     normal = DiscretizedNormal(mean, logvar, 5)
     draw = level_of(normal.sample(torch.Size([n])), 5)[:, 0]
     assert_frequencies(draw, normal.log_mass(torch.arange(5)))
@@ -127,7 +131,7 @@ def test_draws_of_levels_have_the_masses() -> None:
 
 def test_draws_of_a_categorical_have_the_masses() -> None:
     torch.manual_seed(1)
-    logits = torch.tensor([[0.3, -1.0, 2.0, 0.0]]).double()
+    logits = torch.tensor([[0.3, -1.0, 2.0, 0.0]], dtype=torch.float64)
     law = LevelCategorical(logits)
     draw = level_of(law.sample(torch.Size([200_000])), 4)[:, 0]
     assert_frequencies(draw, logits.log_softmax(-1)[0])
@@ -155,7 +159,9 @@ def test_normal_agrees_with_torch() -> None:
     g = torch.Generator().manual_seed(0)
     m1, v1, m2, v2, x = (torch.randn(50, dtype=torch.float64, generator=g) for _ in range(5))
     p, q = DiagonalNormal(m1, v1), DiagonalNormal(m2, v2)
-    p_ref, q_ref = (torch.distributions.Normal(m, (0.5 * v).exp()) for m, v in ((m1, v1), (m2, v2)))
+    p_ref, q_ref = (
+        torch.distributions.Normal(m, (0.5 * v).exp()) for m, v in ((m1, v1), (m2, v2))
+    )
     torch.testing.assert_close(p.log_prob(x), p_ref.log_prob(x))
     torch.testing.assert_close(p.entropy(), p_ref.entropy())
     torch.testing.assert_close(kl_divergence(p, q), kl_divergence(p_ref, q_ref))
@@ -164,8 +170,8 @@ def test_normal_agrees_with_torch() -> None:
 
 def test_kl_is_the_expected_log_ratio() -> None:
     """KL = E_p[log p − log q] by quadrature, and its reparameterised draws have p's law."""
-    p = DiagonalNormal(*torch.tensor([0.3, -1.0]).double())
-    q = DiagonalNormal(*torch.tensor([-0.2, 0.4]).double())
+    p = DiagonalNormal(*torch.tensor([0.3, -1.0], dtype=torch.float64))
+    q = DiagonalNormal(*torch.tensor([-0.2, 0.4], dtype=torch.float64))
     z, w = hermite(20)
     x = p.mean + p.variance.sqrt() * z
     expected = w @ (p.log_prob(x) - q.log_prob(x))
@@ -189,7 +195,7 @@ def test_expm1_minus_keeps_its_digits(dtype: torch.dtype) -> None:
 
 
 def test_expm1_minus_gradient_is_right_across_the_switch() -> None:
-    delta = torch.tensor([-1.0, -0.0101, -0.0099, 0.0, 0.0099, 0.0101, 2.0]).double()
+    delta = torch.tensor([-1.0, -0.0101, -0.0099, 0.0, 0.0099, 0.0101, 2.0], dtype=torch.float64)
     delta.requires_grad_()
     (gradient,) = torch.autograd.grad(expm1_minus(delta).sum(), delta)
     torch.testing.assert_close(gradient, torch.expm1(delta.detach()), rtol=1e-10, atol=1e-14)

@@ -1,4 +1,4 @@
-"""Every process satisfies the laws of laws.py; the Gaussian coefficients agree with their forms."""
+"""Every process satisfies the laws of laws.py; the Gaussian coefficients have their forms."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ def test_law(case: Case, law: Callable[[Case], None]) -> None:
 def test_pair_coefficients_agree_with_the_classical_forms() -> None:
     """√k_s β/l_t, √α l_s/l_t, β l_s/l_t with α = k_t/k_s, where those do not cancel."""
     q = LogSNRLinear(4.0, -4.0)
-    s, t = torch.tensor([0.1, 0.3, 0.0]).double(), torch.tensor([0.5, 0.9, 1.0]).double()
+    s, t = (
+        torch.tensor([0.1, 0.3, 0.0], dtype=torch.float64),
+        torch.tensor([0.5, 0.9, 1.0], dtype=torch.float64),
+    )
     pair = Gaussian(q).pair(s, t)
     alpha = q.keep(t) / q.keep(s)
     beta = 1 - alpha
@@ -41,7 +44,7 @@ def test_pair_coefficients_agree_with_the_classical_forms() -> None:
 def test_pair_is_exact_for_tiny_steps() -> None:
     """At λ = 13.3 and a step of 1e-9 in λ, β = l_t c to 1e-7; 1 − k_t/k_s would be 6 % off."""
     q = LogSNRLinear(13.3, 13.3 - 1.0)
-    s, t = torch.tensor(0.0).double(), torch.tensor(1e-9).double()
+    s, t = torch.tensor(0.0, dtype=torch.float64), torch.tensor(1e-9, dtype=torch.float64)
     step = float(q.logsnr(s) - q.logsnr(t))
     pair = Gaussian(q).pair(s, t)
     expected = float(q.lose(t)) * step
@@ -62,10 +65,10 @@ def test_variance_preservation() -> None:
     """Data of unit second moment keeps it: k + l = 1 and α + β = 1, to rounding."""
     q = Cosine(100)
     times = q.grid()
-    torch.testing.assert_close(q.keep(times) + q.lose(times), torch.ones(100).double())
+    torch.testing.assert_close(q.keep(times) + q.lose(times), torch.ones(100, dtype=torch.float64))
     pair = Gaussian(q).pair(times[:-1], times[1:])
     total = pair.log_alpha.exp() + pair.log_beta.exp()
-    torch.testing.assert_close(total, torch.ones(99).double(), rtol=1e-14, atol=0)
+    torch.testing.assert_close(total, torch.ones(99, dtype=torch.float64), rtol=1e-14, atol=0)
 
 
 def test_start_is_a_standard_normal_of_the_asked_shape() -> None:
@@ -79,6 +82,6 @@ def test_start_is_a_standard_normal_of_the_asked_shape() -> None:
 
 def test_along_shapes_a_coefficient_per_example() -> None:
     x = torch.zeros(2, 3, 4)
-    assert along(torch.tensor(2.0).double(), x).shape == ()
-    assert along(torch.tensor([2.0, 3.0]).double(), x).shape == (2, 1, 1)
-    assert along(torch.tensor([2.0, 3.0]).double(), x).dtype == x.dtype
+    assert along(torch.tensor(2.0, dtype=torch.float64), x).shape == ()
+    assert along(torch.tensor([2.0, 3.0], dtype=torch.float64), x).shape == (2, 1, 1)
+    assert along(torch.tensor([2.0, 3.0], dtype=torch.float64), x).dtype == x.dtype

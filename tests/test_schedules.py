@@ -28,8 +28,8 @@ def test_logsnr_falls_and_the_readings_agree(schedule: Schedule) -> None:
 def test_extreme_logsnr_keeps_its_digits() -> None:
     """At λ = 40, lose = e^-40 (1 − 1 in float64 would be 0) and log keep = −e^-40."""
     q = LogSNRLinear(40.0, -40.0)
-    t = torch.tensor([0.0, 1.0]).double()
-    small = torch.tensor(-40.0).double().exp()
+    t = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    small = torch.tensor(-40.0, dtype=torch.float64).exp()
     torch.testing.assert_close(q.lose(t)[0], small, rtol=1e-14, atol=0)
     torch.testing.assert_close(q.keep(t)[1], small, rtol=1e-14, atol=0)
     torch.testing.assert_close(q.log_keep(t)[0], -small, rtol=1e-14, atol=0)
@@ -53,7 +53,7 @@ def test_a_subset_has_the_marginals_of_the_full_chain() -> None:
 
 
 def test_betas_of_tabulated_come_back() -> None:
-    betas = torch.tensor([0.1, 0.001, 0.5, 1.0]).double()
+    betas = torch.tensor([0.1, 0.001, 0.5, 1.0], dtype=torch.float64)
     keep = Tabulated(betas).keep(Tabulated(betas).grid())
     torch.testing.assert_close(keep, (1 - betas).cumprod(0), rtol=1e-14, atol=0)
 
@@ -73,7 +73,7 @@ def test_impossible_betas_are_refused(betas: list[float]) -> None:
 @pytest.mark.parametrize("t", [0.0, 0.1234, 1.1, -0.1, float("nan")])
 def test_times_off_the_chain_are_refused(t: float) -> None:
     with pytest.raises(ValueError, match="Take times from grid"):
-        Linear(10).logsnr(torch.tensor(t).double())
+        Linear(10).logsnr(torch.tensor(t, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("kept", [[], [3, 2], [1, 1]])

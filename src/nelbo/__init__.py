@@ -1,3 +1,3 @@
-"""nelbo trains, samples and measures diffusion probabilistic models: every nat is accounted for."""
+"""nelbo trains, samples and measures diffusion models: every nat is accounted for."""
 
 __version__ = "0.1.0"

@@ -4,8 +4,8 @@ r"""The variational bound, by term, for any family.
            + Σ_pairs E_{q(x_t|x_0)} KL(q(x_s|x_t, x_0) ‖ p_θ(x_s|x_t))       diffusion
            + E_{q(x_1|x_0)} [−log p_θ(x_0|x_1)]                             reconstruction
 
-in nats per example, summed over dimensions. L ≥ −log p_θ(x_0). Each expectation is estimated by one
-fresh draw of its own x_t; nothing here knows a family, only distributions.
+in nats per example, summed over dimensions. L ≥ −log p_θ(x_0). Each expectation is estimated by
+one fresh draw of its own x_t; nothing here knows a family, only distributions.
 
 References:
     Sohl-Dickstein et al. 2015, section 2.4; Ho, Jain, Abbeel 2020, eq. 5.
@@ -69,15 +69,15 @@ def term_of(at: Prediction, x_0: Tensor, times: Tensor, index: Tensor) -> Tensor
     if index.dim() == 0:
         i = int(index)
         return decoder_term(at, x_0) if i == 0 else pair_term(at, x_0, times[i - 1])
-    edge = index == 0
     values = torch.zeros(len(x_0), dtype=torch.float64, device=x_0.device)
-    for rows, is_edge in ((edge.nonzero()[:, 0], True), ((~edge).nonzero()[:, 0], False)):
-        if rows.numel() == 0:
-            continue
-        here = rows.to(x_0.device)
-        some, part = at[here], x_0[here]
-        value = decoder_term(some, part) if is_edge else pair_term(some, part, times[index[rows] - 1])
-        values = values.index_copy(0, here, value)
+    first, others = (index == 0).nonzero()[:, 0], (index > 0).nonzero()[:, 0]
+    if len(first):
+        rows = first.to(x_0.device)
+        values = values.index_copy(0, rows, decoder_term(at[rows], x_0[rows]))
+    if len(others):
+        rows = others.to(x_0.device)
+        value = pair_term(at[rows], x_0[rows], times[index[others] - 1])
+        values = values.index_copy(0, rows, value)
     return values
 
 

@@ -1,12 +1,13 @@
 """The command line: one thin function per subcommand.
 
-A subcommand's signature is its options. Nothing heavy is imported before the command needs it, so
+A subcommand's dataclass is its options. Nothing heavy is imported before the command needs it, so
 that help appears at once. Results go to stdout, everything else to stderr. Exit codes: 0 done,
-1 bug, 2 usage, 3 input refused, 4 numerical failure, 5 resources, 130 and 143 stopped after a save.
+1 bug, 2 usage, 3 input refused, 4 numerical failure, 5 resources, 130 and 143 stopped (saved).
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import traceback
@@ -14,25 +15,33 @@ from collections.abc import Callable
 from typing import Any
 
 from nelbo import __version__
-from nelbo.errors import InputRefused, NumericalFailure, ResourceExhausted, UsageError
+from nelbo.errors import (
+    InputRefused,
+    NumericalFailure,
+    ResourceExhausted,
+    UsageError,
+    exit_code,
+)
 
 
 def train(arguments: list[str]) -> int:
     """Train a recipe, measure its bound, draw samples, write a report."""
     import tyro
 
+    from nelbo.recipes import limits
     from nelbo.recipes.options import RECIPES
 
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: nelbo train RECIPE [PATH] [options]\n\nrecipes:")
-        _print_recipes()
-        print("\n`nelbo train RECIPE --help` lists the options of one.")
-        return 0 if arguments else 2
+        head = "usage: nelbo train RECIPE [PATH] [options]\n\nrecipes:\n"
+        text = f"{head}{_recipes()}\n\n`nelbo train RECIPE --help` lists the options of one."
+        print(text, file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else UsageError.exit_code
     name, rest = arguments[0], arguments[1:]
     if name not in RECIPES:
         known = ", ".join(RECIPES)
         raise UsageError(f"no recipe {name!r}; there are {known}. To see them: nelbo recipes")
     options = tyro.cli(RECIPES[name], prog=f"nelbo train {name}", args=rest)
+    limits.check(options)
     from nelbo.walks import train as walk
 
     return walk.run(options, ["train", *arguments])
@@ -40,17 +49,30 @@ def train(arguments: list[str]) -> int:
 
 def recipes(arguments: list[str]) -> int:
     """List the recipes."""
-    _parse("Recipes", arguments)
-    _print_recipes()
+    options = _parse("Recipes", arguments)
+    if options.json:
+        from nelbo.recipes.options import RECIPES
+
+        rows = {n: {"path": _has_path(k), "about": _about(k)} for n, k in RECIPES.items()}
+        print(json.dumps({"schema": 1, "recipes": rows}))
+    else:
+        print(_recipes())
     return 0
 
 
-def _print_recipes() -> None:
+def _recipes() -> str:
     from nelbo.recipes.options import RECIPES
 
-    for name, kind in RECIPES.items():
-        path = " PATH" if "path" in kind.__annotations__ else ""
-        print(f"  {name + path:14}  {(kind.__doc__ or '').strip()}")
+    names = {kind: name + " PATH" * _has_path(kind) for name, kind in RECIPES.items()}
+    return "\n".join(f"  {name:14}  {_about(kind)}" for kind, name in names.items())
+
+
+def _has_path(kind: type) -> bool:
+    return "path" in kind.__annotations__
+
+
+def _about(kind: type) -> str:
+    return (kind.__doc__ or "").strip()
 
 
 def evaluate(arguments: list[str]) -> int:
@@ -59,7 +81,13 @@ def evaluate(arguments: list[str]) -> int:
     from nelbo.walks import evaluate as walk
 
     request = walk.Request(
-        options.split, options.calls, options.seed, options.batch, options.limit, options.quiet
+        options.split,
+        options.calls,
+        options.seed,
+        options.batch,
+        options.limit,
+        options.control == "wiener",
+        options.quiet,
     )
     _threads(options.threads)
     walk.run(options.run, options.checkpoint, request, options.device, options.json)
@@ -79,8 +107,6 @@ def sample(arguments: list[str]) -> int:
 def report(arguments: list[str]) -> int:
     """Write the report of a run."""
     options = _parse("Report", arguments)
-    import json
-
     from nelbo import report as pages
     from nelbo.rundir import RunDirectory
 
@@ -112,8 +138,11 @@ def _parse(kind: str, arguments: list[str]) -> Any:
     import tyro
 
     from nelbo import commands
+    from nelbo.recipes import limits
 
-    return tyro.cli(getattr(commands, kind), prog=f"nelbo {kind.lower()}", args=arguments)
+    options = tyro.cli(getattr(commands, kind), prog=f"nelbo {kind.lower()}", args=arguments)
+    limits.check(options)
+    return options
 
 
 def _threads(count: int | None) -> None:
@@ -141,22 +170,28 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     # tyro colours its help whenever the terminal can, also where NO_COLOR is set
     if os.environ.get("NO_COLOR"):
-        os.environ.setdefault("PYTHON_TYRO_ANSI_CODES", "0")
+        os.environ.setdefault("PYTHON_TYRO_ANSI_CODES", "False")
+    return _guarded(arguments)
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(usage())
-        return 0 if arguments else 2
+        print(usage(), file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else UsageError.exit_code
     if arguments[0] in ("-V", "--version"):
         print(f"nelbo {__version__}")
         return 0
-    return _guarded(arguments)
+    if arguments[0] not in COMMANDS:
+        raise UsageError(f"no command {arguments[0]!r}\n\n{usage()}")
+    return COMMANDS[arguments[0]](arguments[1:])
 
 
 def _guarded(arguments: list[str]) -> int:
     """Run a command; errors that a user can mend are one message, others a traceback."""
     try:
-        if arguments[0] not in COMMANDS:
-            raise UsageError(f"no command {arguments[0]!r}\n\n{usage()}")
-        return COMMANDS[arguments[0]](arguments[1:])
+        code = _run(arguments)
+        sys.stdout.flush()
+        return code
     except (UsageError, InputRefused, NumericalFailure, ResourceExhausted) as error:
         print(f"nelbo: {error}", file=sys.stderr)
         return error.exit_code
@@ -170,7 +205,10 @@ def _guarded(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("nelbo: interrupted", file=sys.stderr)
         return 130
-    except Exception:
+    except Exception as error:
+        if exit_code(error) == ResourceExhausted.exit_code:
+            print(f"nelbo: {error}; make room, then run again", file=sys.stderr)
+            return ResourceExhausted.exit_code
         traceback.print_exc()
         print("nelbo: this is a bug of nelbo; please report the lines above", file=sys.stderr)
         return 1

@@ -16,6 +16,9 @@ import tyro
 class Recipes:
     """List the recipes."""
 
+    json: bool = False
+    """Print one JSON document."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
@@ -25,6 +28,8 @@ class Evaluate:
     """Run directory."""
     calls: int | None = None
     """Network calls per example; the full bound (every step) by default."""
+    control: Literal["wiener", "none"] = "wiener"
+    """Control variate of a few-call evaluation: the linear denoiser of the training data."""
     split: Literal["test", "validation", "train"] = "test"
     """Part of the data."""
     limit: int | None = None

@@ -19,6 +19,7 @@ from torch.distributions import Distribution
 from torch.distributions.kl import kl_divergence as kl_divergence
 from torch.distributions.kl import register_kl
 
+Shape = torch.Size | list[int] | tuple[int, ...]
 _SERIES = 1e-2  # below this |δ| the first terms of the series of expm1(δ) − δ are exact
 
 
@@ -34,7 +35,7 @@ def per_example(values: Tensor) -> Tensor:
 
 
 def level_of(x: Tensor, levels: int) -> Tensor:
-    """Integer level j = (x + 1)(n − 1)/2 of data on the model's scale [−1, 1]; int64, same shape."""
+    """Level j = (x + 1)(n − 1)/2 of data on the model's scale [−1, 1]; int64, same shape."""
     return ((x + 1) * ((levels - 1) / 2)).round().long()
 
 
@@ -68,8 +69,8 @@ class DiagonalNormal(Distribution):
     def variance(self) -> Tensor:
         return self.logvar.exp().expand_as(self._mean)
 
-    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
-        shape = self._extended_shape(sample_shape)
+    def rsample(self, sample_shape: Shape = torch.Size()) -> Tensor:  # noqa: B008
+        shape = self._extended_shape(torch.Size(sample_shape))
         noise = torch.randn(shape, dtype=self._mean.dtype, device=self._mean.device)
         return self._mean + (0.5 * self.logvar).exp() * noise
 
@@ -148,9 +149,9 @@ class DiscretizedNormal(Distribution):
         mass = torch.where(level == self.levels - 1, log_cdf(-lower), inside)
         return mass.to(self._mean.dtype)
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+    def sample(self, sample_shape: Shape = torch.Size()) -> Tensor:  # noqa: B008
         """A draw from the level masses, on the model's scale: round a normal draw to its bin."""
-        shape = self._extended_shape(sample_shape)
+        shape = self._extended_shape(torch.Size(sample_shape))
         noise = torch.randn(shape, dtype=self._mean.dtype, device=self._mean.device)
         draw = self._mean + (0.5 * self.logvar).exp() * noise
         # The open edge bins take all that falls beyond them: this clamp is the distribution.
@@ -203,7 +204,7 @@ class LevelCategorical(Distribution):
         level = level_of(value, self.levels)
         return self.logits.gather(-1, level.unsqueeze(-1)).squeeze(-1)
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
-        shape = self._extended_shape(sample_shape)
-        draw = torch.distributions.Categorical(logits=self.logits).sample(sample_shape)
+    def sample(self, sample_shape: Shape = torch.Size()) -> Tensor:  # noqa: B008
+        shape = self._extended_shape(torch.Size(sample_shape))
+        draw = torch.distributions.Categorical(logits=self.logits).sample(torch.Size(sample_shape))
         return level_values(self.levels, self.logits)[draw].reshape(shape)

@@ -5,6 +5,8 @@ Anything else that escapes is a bug of ours (exit code 1) and keeps its tracebac
 
 from __future__ import annotations
 
+import errno
+
 
 class UsageError(ValueError):
     """The command or its options are off; the message holds what to type instead (exit code 2)."""
@@ -28,3 +30,23 @@ class ResourceExhausted(RuntimeError):
     """Disk or memory ran out; what was saved before is intact (exit code 5)."""
 
     exit_code = 5
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code of a command that ends in this error; 1 if it is a bug of ours."""
+    if isinstance(error, UsageError | InputRefused | NumericalFailure | ResourceExhausted):
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        return error.code
+    return ResourceExhausted.exit_code if _is_exhausted(error) else 1
+
+
+def _is_exhausted(error: BaseException) -> bool:
+    """A full disk, or memory that torch did not get (it raises RuntimeError, not MemoryError)."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    refused = isinstance(error, RuntimeError) and any(w in str(error) for w in words)
+    return refused or isinstance(error, MemoryError)

@@ -1,9 +1,9 @@
 """The figures of the report: each a PNG, drawn from arrays alone.
 
-Horizontal axes of noise are log-SNR, noise on the left and data on the right. Bands and bars are two
-standard errors wide on either side. Colours are those of Okabe and Ito (2008), told apart by every
-kind of colour vision and by their lightness in print. A figure is drawn for a width in inches, at
-100 CSS pixels to the inch and twice that in pixels, so that its letters keep their size on a phone.
+Axes of noise are log-SNR, noise on the left and data on the right. Bands and bars are two standard
+errors wide on either side. Colours are those of Okabe and Ito (2008), told apart by every kind of
+colour vision and by their lightness in print. A figure is drawn for a width in inches, at 100 CSS
+pixels to the inch and twice that in pixels, so that its letters keep their size on a phone.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
+from matplotlib.axes import Axes as Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike, NDArray
 
@@ -27,6 +28,7 @@ Array = NDArray[Any]
 WIDE, NARROW = 7.2, 3.44
 DPI = 200
 UNIT = "bits/dim"
+PLAIN: dict[str, Any] = {"Software": None}  # the same figure is the same file
 INK, MUTED, RULE = "#1c2127", "#5d6673", "#d5dae0"
 BLUE, VERMILION, SKY, GREEN = "#0072b2", "#d55e00", "#56b4e9", "#009e73"
 
@@ -56,19 +58,24 @@ STYLE: dict[str, Any] = {
     "lines.solid_capstyle": "round",
 }
 
-styled = matplotlib.rc_context(STYLE)
-"""Decorator: draw in the style of all figures."""
+styled = matplotlib.rc_context(STYLE)  # decorates what draws
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a comparison: a label, a value, its standard error (None: exact), a text."""
+    """One line of a comparison, with the text beside its dot."""
 
     label: str
     value: float
-    se: float | None
+    se: float
+    """0 if the value is exact, nan if unknown."""
     text: str
     ours: bool = False
+
+    @property
+    def reach(self) -> float:
+        """Length of the bar to either side, 2 se where it is known."""
+        return 2 * self.se if self.se > 0 else 0.0
 
 
 @styled
@@ -102,24 +109,27 @@ def _dot(axes: Axes, place: int, row: Row, from_zero: bool, narrow: bool) -> Non
     colour = VERMILION if row.ours else BLUE
     if from_zero:
         axes.plot([0, row.value], [place, place], color=RULE, lw=1.4, zorder=1)
-    if row.se is None:
+    if row.se == 0:
         axes.plot(row.value, place, "D", color=INK, ms=4.5)
     else:
-        axes.errorbar(
-            row.value, place, xerr=2 * row.se, fmt="o", color=colour, ms=5.5, capsize=3, lw=1.2
-        )
+        bar: dict[str, Any] = {"fmt": "o", "color": colour, "ms": 5.5, "capsize": 3, "lw": 1.2}
+        axes.errorbar(row.value, place, xerr=row.reach or None, **bar)
     if narrow:
-        above = {"textcoords": "offset points", "xycoords": ("axes fraction", "data")}
+        above: dict[str, Any] = {
+            "textcoords": "offset points",
+            "xycoords": ("axes fraction", "data"),
+        }
         axes.annotate(row.label, (0, place), xytext=(0, 7), ha="left", fontsize=9, **above)
         axes.annotate(row.text, (1, place), xytext=(0, 7), ha="right", fontsize=9, **above)
     else:
-        end = (row.value + 2 * (row.se or 0), place)
-        axes.annotate(row.text, end, xytext=(9, 0), textcoords="offset points", va="center_baseline")
+        end = (row.value + row.reach, place)
+        beside: dict[str, Any] = {"textcoords": "offset points", "va": "center_baseline"}
+        axes.annotate(row.text, end, xytext=(9, 0), **beside)
 
 
 def _spread(rows: Sequence[Row]) -> tuple[float, float]:
-    low = min(row.value - 2 * (row.se or 0) for row in rows)
-    high = max(row.value + 2 * (row.se or 0) for row in rows)
+    low = min(row.value - row.reach for row in rows)
+    high = max(row.value + row.reach for row in rows)
     margin = 0.12 * (high - low) or 0.5
     return low - margin, high + margin
 
@@ -141,7 +151,7 @@ def interval(logsnr: ArrayLike, mean: ArrayLike) -> tuple[float, float, float] |
 
 @styled
 def integrand(logsnr: ArrayLike, mean: ArrayLike, se: ArrayLike, width: float) -> bytes:
-    """The bound's density over log-SNR with a band of ± 2 se; where 80 % of its area lies is filled.
+    """The bound's density over log-SNR ± 2 se, filled where 80 % of its area lies.
 
     Arguments:
         logsnr, mean, se: (m,), mean and se in bits/dim per unit of log-SNR.
@@ -160,8 +170,13 @@ def integrand(logsnr: ArrayLike, mean: ArrayLike, se: ArrayLike, width: float) -
     _above(axes, f"{UNIT} per unit of log-SNR")
     axes.xaxis.set_major_locator(MaxNLocator(8 if width > NARROW else 6, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    for place, side, word in ((0, "left", "← noise"), (0.5, "center", "log-SNR"), (1, "right", "data →")):
-        below = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": side}
+    words = ((0.0, "left", "← noise"), (0.5, "center", "log-SNR"), (1.0, "right", "data →"))
+    for place, side, word in words:
+        below: dict[str, Any] = {
+            "xycoords": "axes fraction",
+            "textcoords": "offset points",
+            "ha": side,
+        }
         axes.annotate(word, (place, 0), (0, -29), **below)
     return png(figure)
 
@@ -203,10 +218,17 @@ def learning(training: Array, validation: Array, ratios: bool, width: float) -> 
     _learning_axes(axes, np.concatenate([training[:, 0], validation[:, 0]]), seen, ratios)
     if len(training):
         axes.plot(*training.T, color=SKY, lw=0.6, alpha=0.5)
-        axes.plot(training[:, 0], seen[: len(training)], color=BLUE, label="training loss, smoothed")
+        smooth = smoothed(training[:, 1])
+        axes.plot(training[:, 0], smooth, color=BLUE, label="training loss, smoothed")
     if len(validation):
         at, mean, se = validation.T
-        bars = {"fmt": "o", "color": VERMILION, "ms": 4.5, "capsize": 2.5, "lw": 1.1}
+        bars: dict[str, Any] = {
+            "fmt": "o",
+            "color": VERMILION,
+            "ms": 4.5,
+            "capsize": 2.5,
+            "lw": 1.1,
+        }
         axes.errorbar(at, mean, yerr=2 * se, label="validation bound ± 2 se", **bars)
     axes.set_xlabel("step")
     _above(axes, UNIT)
@@ -215,7 +237,7 @@ def learning(training: Array, validation: Array, ratios: bool, width: float) -> 
 
 
 def smoothed(values: Array) -> Array:
-    """Mean over a window centred at i that reaches a tenth of i to either side: even on a log axis.
+    """Mean over i ± i/10, a window of one width on a log axis; straight lines stay.
 
     Arguments:
         values: (m,).
@@ -258,20 +280,20 @@ def blank(width: float, height: float) -> Figure:
 
 def canvas(width: float, height: float) -> tuple[Figure, Axes]:
     """A figure with one pair of axes that fills it."""
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)  # type: ignore[union-attr]
+    layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02)
+    figure = Figure(figsize=(width, height), dpi=DPI, layout=layout)
     return figure, figure.subplots()
 
 
 def png(figure: Figure) -> bytes:
     """The figure as a PNG, the same bytes for the same figure."""
     buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
+    FigureCanvasAgg(figure).print_png(buffer, metadata=PLAIN)
     return buffer.getvalue()
 
 
 def png_of(colours: Array) -> bytes:
     """(H, W, 3) uint8 as a PNG, one pixel for each."""
     buffer = io.BytesIO()
-    imsave(buffer, colours, format="png", metadata={"Software": None})
+    imsave(buffer, colours, format="png", metadata=PLAIN)
     return buffer.getvalue()

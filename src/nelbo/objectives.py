@@ -1,7 +1,7 @@
 r"""Training objectives: one network call per example, per-example losses.
 
-With term_0 = −log p_θ(x_0|x_1) and term_i the KL of pair i, the index i of an example is drawn with
-probability p_i and its term is divided by it, so that
+With term_0 = −log p_θ(x_0|x_1) and term_i the KL of pair i, the index i of an example is drawn
+with probability p_i and its term is divided by it, so that
 
     Vlb     prior + term_i/p_i                 is unbiased for the bound, in nats;
     Simple  ‖ε − ε̂‖²                           uniform i, no bound;
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,24 +31,20 @@ from nelbo.processes.base import along
 from nelbo.reverse import Prediction, Reverse, gaussian_process
 
 
-class Draw(NamedTuple):
-    """Indices of a batch and the probabilities with which they were drawn; each (B,)."""
-
-    index: Tensor
-    probability: Tensor
-
-
-def low_discrepancy(probabilities: Tensor, batch: int) -> Draw:
+def low_discrepancy(probabilities: Tensor, batch: int) -> tuple[Tensor, Tensor]:
     """B indices, each distributed as p, that cover p evenly.
 
     Arguments:
         probabilities: (N,) float64, positive, summing to one.
         batch: B.
+    Returns:
+        index (B,) int64, and the probability (B,) with which each was drawn.
     """
-    u = (torch.rand((), dtype=torch.float64) + torch.arange(batch, dtype=torch.float64) / batch) % 1
+    ladder = torch.arange(batch, dtype=torch.float64) / batch
+    u = (torch.rand((), dtype=torch.float64) + ladder) % 1
     cdf = probabilities.cumsum(0)
     index = torch.searchsorted(cdf, u * cdf[-1], right=True).clamp(max=len(cdf) - 1)
-    return Draw(index, probabilities[index])
+    return index, probabilities[index]
 
 
 class Objective(ABC):

@@ -108,8 +108,8 @@ def _plane(cloud: Array) -> Array:
 @styled
 def _scatter(cloud: Array, limits: Limits) -> bytes:
     figure, axes = canvas(NARROW, NARROW)
-    size = float(np.clip(60 / np.sqrt(len(cloud)), 1.6, 5))
-    axes.plot(*_plane(cloud).T, ".", color=BLUE, ms=size, alpha=0.55, mew=0)
+    size = float(np.clip(110 / np.sqrt(len(cloud)), 2, 5))
+    axes.plot(*_plane(cloud).T, ".", color=BLUE, ms=size, alpha=0.6, mew=0)
     axes.set(xlim=limits[0], ylim=limits[1], aspect="equal")
     axes.locator_params(nbins=5)
     return png(figure)
@@ -135,8 +135,9 @@ def strip(forward: Array, reverse: Array, logsnr: ArrayLike, width: float) -> by
     cell, line = width / columns, 0.24
     height = 2 * cell + 4.5 * line
     figure = blank(width, height)
-    walks = (("reverse: noise → data", reverse, rising), ("forward: data → noise", forward, rising[::-1]))
-    for row, (title, frames, levels) in enumerate(walks):
+    back = ("reverse: noise → data", reverse, rising)
+    forth = ("forward: data → noise", forward, rising[::-1])
+    for row, (title, frames, levels) in enumerate((back, forth)):
         bottom = line + row * (cell + 2.5 * line)
         figure.text(0, (bottom + cell + 0.05) / height, title)
         for column, index in enumerate(chosen):
@@ -152,7 +153,8 @@ def _still(axes: Axes, values: Array, logsnr: float, limits: Limits | None) -> N
     if limits is None:
         axes.imshow(pixels(values[None], None)[0], interpolation="nearest")
     else:
-        axes.plot(*_plane(values).T, ".", color=BLUE, ms=1.8, alpha=0.6, mew=0)
+        axes.plot(*_plane(values).T, ".", color=BLUE, ms=2, alpha=0.6, mew=0)
         axes.set(xlim=limits[0], ylim=limits[1])
-    label = f"{logsnr:.1f}".replace("-", "−") if np.isfinite(logsnr) else "data"
+    # Adding 0 turns a rounded -0 into 0.
+    label = f"{round(logsnr, 1) + 0:.1f}".replace("-", "−") if np.isfinite(logsnr) else "data"
     axes.set_xlabel(label, fontsize=9, labelpad=3, color=MUTED)

@@ -1,10 +1,10 @@
 """One self-contained page from the files of a run directory, and its figures as PNGs beside it.
 
-Nothing is computed here but changes of unit, nats/example = dims · log 2 · bits/dim, and nothing is
-read but the run's own files: the page says what was written down, with its errors. It holds no
-script and asks the network for nothing; whatever comes from the run (names, paths, messages) is text,
-escaped, without control characters. Parts whose files are not there yet are named with the command
-that makes them.
+Nothing is computed here but changes of unit, nats/example = dims · log 2 · bits/dim, and nothing
+is read but the run's own files: the page says what was written down, with its errors. It holds no
+script and asks the network for nothing; whatever comes from the run (names, paths, messages) is
+text, escaped, without control characters. Parts whose files are not there yet are named with the
+command that makes them.
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ FIGURES = ("baselines", "truth", "integrand", "learning", "real", "samples", "st
 BASELINES = {"uniform": "uniform coding", "histogram": "training histogram"}
 ASIDE = frozenset({"path", "out", "resume"})
 IMAGES, POINTS = 64, 4000
-NEGLIGIBLE = 0.0001
-"""Errors below half of this are not spelled out; the page's data elements have every digit."""
+NEGLIGIBLE = 0.0001  # errors below half of it are not spelled out, only in the data elements
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def draw(run: Run) -> dict[str, Picture]:
         drawn["baselines"] = _both(partial(figures.comparison, _baselines(document), True))
     if document.get("truth"):
         drawn["truth"] = _both(partial(figures.comparison, _truth(document), False))
-    if document and "integrand_logsnr" in run.per_example:
+    if document and len(run.per_example.get("integrand_logsnr", ())) > 1:
         drawn["integrand"] = _both(partial(figures.integrand, *_integrand(run)))
     if len(run.training) + len(run.validation):
         curves = (run.training, run.validation, run.data.get("levels") is not None)
@@ -109,7 +108,7 @@ def _both(drawing: Callable[[float], bytes]) -> Picture:
 
 def _examples(run: Run) -> dict[str, Picture]:
     drawn: dict[str, Picture] = {}
-    arrays = {name: _some(run.samples[name]) for name in ("real", "samples") if name in run.samples}
+    arrays = {name: _some(array) for name, array in run.samples.items() if name in FIGURES}
     vectors = arrays and arrays["samples"].ndim == 2
     limits = pictures.frame(*arrays.values()) if vectors else None
     for name, array in arrays.items():
@@ -133,11 +132,11 @@ def _some(samples: Array) -> Array:
     return samples[: side * side]
 
 
-def _integrand(run: Run) -> list[Array]:
+def _integrand(run: Run) -> tuple[Array, Array, Array]:
     """Log-SNR, and the integrand with its se in bits/dim per unit of it."""
     unit = run.evaluation["data"]["dims"] * math.log(2)
-    density = [run.per_example[f"integrand_{name}"] / unit for name in ("mean", "se")]
-    return [run.per_example["integrand_logsnr"], *density]
+    logsnr, mean, se = (run.per_example[f"integrand_{name}"] for name in ("logsnr", "mean", "se"))
+    return logsnr, mean / unit, se / unit
 
 
 def _baselines(document: Json) -> list[figures.Row]:
@@ -156,13 +155,13 @@ def _truth(document: Json) -> list[figures.Row]:
 def _rows(others: list[tuple[str, Json]], document: Json) -> list[figures.Row]:
     rows = [*others, ("bound, this model", document["terms"]["total"])]
     return [
-        figures.Row(label, entry["mean"], entry.get("se"), shown(entry), entry is rows[-1][1])
+        figures.Row(label, entry["mean"], estimate(entry).se, shown(entry), entry is rows[-1][1])
         for label, entry in rows
     ]
 
 
 def estimate(entry: Json, factor: float = 1.0) -> Estimate:
-    """An entry {"mean", "se", "se_mc", "n"} times a factor; without se it is exact, null is unknown."""
+    """An entry {"mean", "se", "se_mc", "n"} times a factor; no se is exact, null is unknown."""
     numbers = (entry["mean"], entry.get("se", 0.0), entry.get("se_mc", 0.0))
     mean, se, se_mc = (math.nan if x is None else factor * x for x in numbers)
     return Estimate(mean, se, se_mc, entry.get("n", 0), "")
@@ -190,10 +189,10 @@ def noise(entry: Json, factor: float = 1.0) -> str:
 
 def duration(seconds: float) -> str:
     """`48 s`, `12 min 5 s`, `3 h 20 min`: the two largest units."""
-    whole = round(seconds)
-    parts = ((whole // 3600, "h"), (whole // 60 % 60, "min"), (whole % 60, "s"))
-    first = next((i for i, (count, _) in enumerate(parts) if count), 2)
-    return " ".join(f"{count} {unit}" for count, unit in parts[first : first + 2] if count) or "0 s"
+    t = round(seconds)
+    parts = ((t // 3600, "h"), (t // 60 % 60, "min"), (t % 60, "s"))
+    first = next((i for i, (n, _) in enumerate(parts) if n), 2)
+    return " ".join(f"{n} {unit}" for n, unit in parts[first : first + 2] if n) or "0 s"
 
 
 def render(run: Run, drawn: dict[str, Picture]) -> str:
@@ -237,9 +236,9 @@ def _environment() -> jinja2.Environment:
 
 def _finalize(value: Any) -> Any:
     """Text without control, direction and surrogate characters; markup of our own stays."""
-    if isinstance(value, Markup) or not isinstance(value, str):
+    if isinstance(value, Markup):
         return value
-    return "".join(c for c in value if c in "\t\n" or not unicodedata.category(c).startswith("C"))
+    return "".join(c for c in str(value) if c in "\t\n" or unicodedata.category(c)[0] != "C")
 
 
 def _uri(png: bytes) -> str:
@@ -284,8 +283,10 @@ def training(run: Run) -> str:
         return shlex.join(word for word in typed if word != "--resume")
     options = run.recipe.get("options", {})
     path = [str(options["path"])] if options.get("path") is not None else []
-    rest = [word for name, value in options.items() if name not in ASIDE for word in _option(name, value)]
-    return shlex.join(["nelbo", "train", run.recipe["recipe"], *path, "--out", str(run.path), *rest])
+    words = ["nelbo", "train", run.recipe["recipe"], *path, "--out", str(run.path)]
+    for name, value in options.items():
+        words += [] if name in ASIDE else _option(name, value)
+    return shlex.join(words)
 
 
 def _option(name: str, value: Any) -> Iterator[str]:

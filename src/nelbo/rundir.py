@@ -9,6 +9,7 @@ at a time may write to it (a lock that dies with the process). What a later star
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -24,7 +25,14 @@ import torch
 
 from nelbo import __version__
 from nelbo.errors import InputRefused, UsageError
-from nelbo.files import clean_temporary, read_json, write_json_atomic
+from nelbo.files import (
+    clean_temporary,
+    exhausted,
+    hidden,
+    read_json,
+    write_file,
+    write_json_atomic,
+)
 
 SCHEMA = 1
 
@@ -60,29 +68,41 @@ class RunDirectory:
     def create(self, recipe: Mapping[str, Any], arguments: list[str]) -> None:
         """Make the directory and write what the run is.
 
+        A directory that holds no file is as good as none: an earlier start may have been killed
+        before it wrote anything.
+
         Raises:
-            UsageError: it exists; the message holds the two commands to type.
+            UsageError: it exists; the message holds the commands to type.
         """
+        if os.path.lexists(self.path) and (not self.path.is_dir() or _holds_files(self.path)):
+            raise UsageError(self._exists(arguments))
         try:
-            self.path.mkdir(parents=True)
-        except FileExistsError:
-            raise UsageError(self._exists(arguments)) from None
-        except NotADirectoryError:
-            raise UsageError(f"{self.path}: a part of this path is a file") from None
-        for folder in (self.checkpoints, self.evaluation, self.samples):
-            folder.mkdir()
+            for folder in (self.checkpoints, self.evaluation, self.samples):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UsageError(
+                f"{self.path}: cannot be made ({error.strerror}); name another --out"
+            ) from error
         self.lock()
         write_json_atomic(self.path / "recipe.json", {"schema": SCHEMA, **recipe})
 
     def _exists(self, arguments: list[str]) -> str:
         rest = _without(arguments, "--out")
-        same = " ".join(shlex.quote(a) for a in ["nelbo", *rest, "--out", str(self.path)])
         n = next(i for i in range(2, 10_000) if not Path(f"{self.path}-{i}").exists())
-        other = " ".join(shlex.quote(a) for a in ["nelbo", *rest, "--out", f"{self.path}-{n}"])
+        other = shlex.join(["nelbo", *rest, "--out", f"{self.path}-{n}"])
+        if not self.begun():
+            return f"{self.path} exists and is not a run. To start one beside it:\n  {other}"
+        same = shlex.join(["nelbo", *rest, "--out", str(self.path), "--resume"])
         return (
             f"{self.path} exists, and nothing in it is overwritten. To continue that run:\n"
-            f"  {same} --resume\nTo start another one beside it:\n  {other}"
+            f"  {same}\nTo start another one beside it:\n  {other}"
         )
+
+    def begun(self) -> bool:
+        """Whether there is a run here to continue."""
+        return (self.path / "recipe.json").is_file()
 
     def open(self) -> dict[str, Any]:
         """Read recipe.json of a run that exists.
@@ -90,9 +110,10 @@ class RunDirectory:
         Raises:
             InputRefused: this is not a run directory.
         """
-        if not (self.path / "recipe.json").is_file():
+        if not self.begun():
             raise InputRefused(
-                f"{self.path}: not a run directory (no recipe.json); `nelbo train RECIPE` makes one"
+                f"{self.path}: not a run directory (no recipe.json); "
+                "`nelbo train RECIPE` makes one"
             )
         recipe: dict[str, Any] = read_json(self.path / "recipe.json")
         if recipe.get("schema") != SCHEMA:
@@ -140,14 +161,30 @@ class RunDirectory:
 
     def metric(self, row: Mapping[str, Any]) -> None:
         """Add a line to metrics.jsonl."""
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._append("metrics.jsonl", json.dumps(row, allow_nan=False))
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines of metrics.jsonl that are half-written or lie after `step`.
+
+        A start that continues from `step` writes them again.
+        """
+        path = self.path / "metrics.jsonl"
+        lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+        kept = b"".join(line + b"\n" for line in lines if _step_of(line) <= step)
+        temporary = hidden(path, "tmp")
+        with exhausted(path, len(kept)):
+            write_file(temporary, kept)
+            os.replace(temporary, path)
 
     def log(self, text: str) -> None:
         """Add a dated line to log.txt."""
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-        with open(self.path / "log.txt", "a", encoding="utf-8") as file:
-            file.write(f"{stamp} {text}\n")
+        self._append("log.txt", f"{stamp} {text}")
+
+    def _append(self, name: str, line: str) -> None:
+        path, data = self.path / name, line.encode() + b"\n"
+        with exhausted(path, len(data)), open(path, "ab") as file:
+            file.write(data)
 
     def environment(self, device: str) -> None:
         """Write environment.json of this start."""
@@ -166,6 +203,20 @@ def environment(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "command": shlex.join(["nelbo", *sys.argv[1:]]),
     }
+
+
+def _holds_files(path: Path) -> bool:
+    """Whether anything is lost if a run begins here."""
+    ours = (".lock", ".tmp-")
+    return any(not p.is_dir() and not p.name.startswith(ours) for p in path.rglob("*"))
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a line of metrics.jsonl; infinite if the line is damaged."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
 
 
 def _without(arguments: list[str], option: str) -> list[str]:

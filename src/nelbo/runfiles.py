@@ -6,8 +6,8 @@
     samples/samples.npz, strip.npz                samples beside data, trajectories
 
 Of several evaluations of the test part the one of the latest step counts, and among those the one
-with most network calls. Only recipe.json must be there. A file that is there and cannot be understood is refused by name:
-a report that leaves it out would tell less than the run does.
+with most network calls. Only recipe.json must be there. A file that is there and cannot be
+understood is refused by name: a report that leaves it out would tell less than the run does.
 """
 
 from __future__ import annotations

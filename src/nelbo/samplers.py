@@ -72,12 +72,13 @@ class DDIM(Sampler):
         """The mean of x_s (B, *shape) and σ (), float64."""
         process = gaussian_process(model.process, "DDIM")
         at = model.at(x_t, t)
+        q = process.schedule
         sigma = self.eta * (0.5 * process.pair(s, t).log_posterior).exp()
-        keep, lose = process.schedule.keep(s), process.schedule.lose(s)
-        # for η = 1 the radicand can round to a negative number of size 1e-16
-        direction = (lose - sigma**2).clamp(min=0).sqrt()
+        # l_s − σ² = l_s (1 − η² c) = l_s [(1 − η²) + η² snr_t/snr_s]: a sum that cannot cancel
+        ratio = (q.logsnr(t) - q.logsnr(s)).exp()
+        direction = (q.lose(s) * ((1 - self.eta**2) + self.eta**2 * ratio)).sqrt()
         noise = at.noise(self.clipped_noise)
-        return along(keep.sqrt(), x_t) * at.x_0 + along(direction, x_t) * noise, sigma
+        return along(q.keep(s).sqrt(), x_t) * at.x_0 + along(direction, x_t) * noise, sigma
 
     def step(
         self, model: Reverse, x_t: Tensor, t: Tensor, s: Tensor, state: State

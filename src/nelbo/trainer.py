@@ -90,8 +90,9 @@ class EMA:
     def update(self, module: nn.Module, step: int) -> None:
         """Move towards `module` after the update with 0-based number `step`."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        shadow = list(self.module.parameters())
-        current = [p.detach().to(s.dtype) for p, s in zip(module.parameters(), shadow, strict=True)]
+        shadow: list[Tensor] = list(self.module.parameters())
+        pairs = zip(module.parameters(), shadow, strict=True)
+        current = [theirs.detach().to(mine.dtype) for theirs, mine in pairs]
         torch._foreach_lerp_(shadow, current, 1 - decay)
         for mine, theirs in zip(self.module.buffers(), module.buffers(), strict=True):
             mine.copy_(theirs)
@@ -178,10 +179,9 @@ class Trainer:
     def _check(self, name: str, loss: float, norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
             return
-        what = "loss" if not math.isfinite(loss) else "gradient norm"
+        what, value = ("gradient norm", norm) if math.isfinite(loss) else ("loss", loss)
         raise NumericalFailure(
-            f"the {what} of {name} is {loss if what == 'loss' else norm} at update {self.step + 1}; "
-            "the weights of update "
+            f"the {what} of {name} is {value} at update {self.step + 1}; the weights of update "
             f"{self.step} are unchanged. Lower the learning rate, lengthen the warm-up or clip"
         )
 

@@ -6,34 +6,17 @@ from torch import Tensor, nn
 
 from nelbo import objectives
 from nelbo.data.mixture import GaussianMixture
+from nelbo.decoders import Density, Discretized, Edge, Following, LevelMass, Lose, Ratio
 from nelbo.errors import UsageError
 from nelbo.networks.layers import Fourier, Positions, Timed
 from nelbo.networks.mlp import MLP
 from nelbo.networks.unet import UNet, zero_last
+from nelbo.parameterizations import X0, Epsilon, GaussianParameterization, Levels, Mean, Velocity
 from nelbo.processes.gaussian import Gaussian
 from nelbo.recipes.options import Diffusion, UNetShape
-from nelbo.reverse import (
-    X0,
-    Between,
-    Decoder,
-    Density,
-    Discretized,
-    Edge,
-    Epsilon,
-    Following,
-    GaussianParameterization,
-    LevelMass,
-    Levels,
-    Lose,
-    Mean,
-    Posterior,
-    Ratio,
-    Reverse,
-    Transition,
-    Variance,
-    Velocity,
-)
+from nelbo.reverse import Decoder, Reverse
 from nelbo.schedules import Cosine, Harmonic, Linear, LogSNRLinear, Schedule, Stepped
+from nelbo.variances import Between, Posterior, Transition, Variance
 
 
 def schedule_of(options: Diffusion) -> Schedule:

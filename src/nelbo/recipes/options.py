@@ -262,7 +262,7 @@ def restored(name: str, values: dict[str, Any]) -> Options:
     extra = set(values) - set(known)
     if extra:
         raise ValueError(f"this version of nelbo does not know the options {sorted(extra)}")
-    fixed = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    fixed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     if "path" in fixed:
         fixed["path"] = Path(fixed["path"])
     return kind(**fixed)

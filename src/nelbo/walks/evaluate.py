@@ -11,16 +11,20 @@ from typing import Any
 import numpy as np
 
 from nelbo import console
+from nelbo.controls import Control, Wiener
 from nelbo.data.base import Dataset
 from nelbo.estimate import Estimate
 from nelbo.evaluation import TERMS, Evaluation, evaluate
 from nelbo.files import write_json_atomic
+from nelbo.processes.gaussian import Gaussian
 from nelbo.recipes.recipe import Recipe
 from nelbo.reverse import Reverse
 from nelbo.walks.stored import Stored, device_of, open_run
 
 PILOT = 64
-"""Training examples on which the strata of a few-call evaluation are fixed."""
+"""Training examples on which the design of a few-call evaluation is fixed."""
+FITTED, MOST_DIMS = 20_000, 4096
+"""Training examples for the covariance of the control variate, and the largest one."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +36,13 @@ class Request:
     seed: int = 0
     batch: int = 512
     limit: int | None = None
+    control: bool = True
     quiet: bool = False
 
 
-def measure(recipe: Recipe, model: Reverse, request: Request, title: str = "evaluate") -> Evaluation:
+def measure(
+    recipe: Recipe, model: Reverse, request: Request, title: str = "evaluate"
+) -> Evaluation:
     """The bound of `model` on a part of the recipe's data, with progress on stderr."""
     dataset = recipe.dataset
     rows = getattr(dataset, request.split)[: request.limit]
@@ -48,12 +55,27 @@ def measure(recipe: Recipe, model: Reverse, request: Request, title: str = "eval
             encode=dataset.encode,
             calls=request.calls,
             pilot=dataset.train[:PILOT],
+            control=_control(recipe, request),
             batch=request.batch,
             seed=request.seed,
             offset=dataset.offset(),
             device=device,
             track=lambda done, total: meter.update(done, total=total),
         )
+
+
+def _control(recipe: Recipe, request: Request) -> Control | None:
+    """The Wiener control variate of the training data, where there is one and it is affordable."""
+    process, dataset = recipe.model.process, recipe.dataset
+    if not _uses_control(recipe, request) or not isinstance(process, Gaussian):
+        return None
+    return Wiener.of(process, dataset.encode(dataset.train[:FITTED]))
+
+
+def _uses_control(recipe: Recipe, request: Request) -> bool:
+    few = request.calls is not None and request.calls < len(recipe.times)
+    gaussian = isinstance(recipe.model.process, Gaussian)
+    return request.control and few and gaussian and recipe.dataset.dims <= MOST_DIMS
 
 
 def document(recipe: Recipe, step: int, request: Request, result: Evaluation) -> dict[str, Any]:
@@ -73,6 +95,7 @@ def document(recipe: Recipe, step: int, request: Request, result: Evaluation) ->
         "model": {**recipe.description, "weights": "ema", "step": step},
         "calls_per_example": result.calls,
         "pilot_calls": result.pilot_calls,
+        "control": "wiener" if _uses_control(recipe, request) else "none",
         "seed": request.seed,
         "terms": _terms(result, dataset.dims),
         "baselines": baselines(dataset, request),
@@ -135,7 +158,7 @@ def write(
 
 
 def _write_npz(path: Path, result: Evaluation) -> None:
-    arrays = {name: value.numpy() for name, value in result.values().items()}
+    arrays: dict[str, Any] = {name: value.numpy() for name, value in result.values().items()}
     if result.integrand is not None:
         for field in ("logsnr", "mean", "se"):
             arrays[f"integrand_{field}"] = getattr(result.integrand, field).numpy()

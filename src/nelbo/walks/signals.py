@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
@@ -43,3 +45,17 @@ class Stop:
     def exit_code(self) -> int:
         """130 after SIGINT, 143 after SIGTERM."""
         return 128 + (self.signal or 0)
+
+
+@contextmanager
+def ending() -> Iterator[None]:
+    """A context in which SIGTERM raises SystemExit(143), as SIGINT raises KeyboardInterrupt."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

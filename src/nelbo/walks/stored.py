@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nelbo import checkpoint
+from nelbo import checkpoint, console
 from nelbo.errors import InputRefused, UsageError
 from nelbo.recipes.build import build
 from nelbo.recipes.options import Options, restored
@@ -84,7 +84,9 @@ def open_run(path: Path, which: str = "newest", device: str = "cpu") -> Stored:
 
 def _choose(directory: RunDirectory, which: str) -> tuple[int, checkpoint.Loaded]:
     if which == "newest":
-        step, loaded, _ = checkpoint.newest_valid(directory.checkpoints)
+        step, loaded, problems = checkpoint.newest_valid(directory.checkpoints)
+        for problem in problems:
+            console.say(f"skipped: {problem}")
         return step, loaded
     wanted = best_step(directory) if which == "best" else which
     if wanted is None or not str(wanted).isdigit():

@@ -1,0 +1,81 @@
+"""What an option's number may be, told before anything is read or written.
+
+A training that ends in an impossible evaluation would be hours lost, so every number is checked at
+the start. Options of the same name have the same limits in every command.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from nelbo.errors import UsageError
+
+COUNT = (1, 2**62)
+NUMBER = (0, 2**62)
+POSITIVE = (5e-324, 1e300)
+FRACTION = (0.0, 1.0)
+
+LIMITS: dict[str, tuple[float, float]] = {
+    "steps": NUMBER,
+    "batch": COUNT,
+    "rate": POSITIVE,
+    "warmup": NUMBER,
+    "weight_decay": (0.0, 1e300),
+    "beta2": FRACTION,
+    "ema": FRACTION,
+    "clip": POSITIVE,
+    "accumulation": COUNT,
+    "validate_every": NUMBER,
+    "validate_calls": (4, 2**62),
+    "save_every": COUNT,
+    "calls": (4, 2**62),
+    "samples": COUNT,
+    "threads": COUNT,
+    "latents": COUNT,
+    "logsnr_max": (-1e3, 1e3),
+    "logsnr_min": (-1e3, 1e3),
+    "clip_x0": POSITIVE,
+    "channels": COUNT,
+    "multipliers": COUNT,
+    "layers": COUNT,
+    "attention": COUNT,
+    "dropout": FRACTION,
+    "positions": NUMBER,
+    "validation": NUMBER,
+    "examples": COUNT,
+    "width": COUNT,
+    "depth": COUNT,
+    "size": COUNT,
+    "limit": COUNT,
+    "n": COUNT,
+    "eta": FRACTION,
+}
+
+
+def check(options: Any) -> None:
+    """Refuse numbers that no run can use.
+
+    Arguments:
+        options: a dataclass of options; None stands for "not given".
+    Raises:
+        UsageError: names the option and what it may be.
+    """
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if field.name in LIMITS and number is not None:
+                _check(field.name, number)
+    if getattr(options, "multipliers", None) == ():
+        raise UsageError("--multipliers: give at least one")
+
+
+def _check(name: str, number: float) -> None:
+    low, high = LIMITS[name]
+    if not low <= number <= high:
+        # a limit that stands for "no limit" or "above 0" is not worth a number
+        floor = "above 0" if low == POSITIVE[0] else f"at least {low:g}"
+        end = f" and at most {high:g}" if high < 1e300 and high < 2**62 else ""
+        what = "not a number" if math.isnan(number) else f"{number:g}"
+        raise UsageError(f"--{name.replace('_', '-')} {what}: it must be {floor}{end}")

@@ -1,0 +1,24 @@
+"""One finished tiny run, trained once per test process."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from tiny import command, silent
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run; tests read it and never write to it."""
+    path = tmp_path_factory.mktemp("runs") / "finished"
+    code, _, err = silent(command(path))
+    assert code == 0, err
+    return path
+
+
+@pytest.fixture
+def run_copy(finished_run: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, to be damaged."""
+    return Path(shutil.copytree(finished_run, tmp_path / "run"))
