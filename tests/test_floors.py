@@ -1,7 +1,7 @@
 """The architecture, asserted: floors, no cycles, no hidden imports, no pickle, no long files.
 
 A module imports only from lower floors. A floor can have storeys, where `base`, `layers` and their
-like come first; modules of one storey do not know each other. Imports inside functions count like all others, and only the command line may
+like come first; modules of one storey, and folders of one floor, do not know each other. Imports inside functions count like all others, and only the command line may
 have first-party ones (so that `nelbo --help` need not import torch).
 """
 
@@ -99,6 +99,7 @@ _FLOORS = {
     "__main__": (8, 0),
     "": (0, 9),
 }
+_FOLDERS = {name.split(".")[0] for name in _FLOORS if "." in name}
 _DEFERRING = {"cli"}
 _VAGUE = {"utils", "util", "helpers", "helper", "misc", "core", "manager", "common"}
 _PICKLING = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
@@ -152,7 +153,13 @@ def _called(node: ast.Call) -> str:
 
 
 def _may(module: str, target: str) -> bool:
-    return _FLOORS[target] < _FLOORS[module]
+    mine, other = _FLOORS[module], _FLOORS[target]
+    return other[0] < mine[0] or (other < mine and _folder(module) == _folder(target))
+
+
+def _folder(module: str) -> str:
+    top = module.split(".")[0]
+    return top if module in _FOLDERS or "." in module else ""
 
 
 def _floor_faults(root: Path) -> list[str]:
