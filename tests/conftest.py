@@ -11,7 +11,7 @@ from tiny import command, silent
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run; tests read it and never write to it."""
+    """A finished run; tests may add evaluations to it, and change nothing."""
     path = tmp_path_factory.mktemp("runs") / "finished"
     code, _, err = silent(command(path))
     assert code == 0, err

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from nelbo.bound import draw, prior_term, term_of
 from nelbo.distributions import per_example
+from nelbo.estimate import NATS
 from nelbo.processes.base import along
 from nelbo.reverse import Prediction, Reverse, gaussian_process
 
@@ -78,10 +80,32 @@ class Objective(ABC):
         """(B,) from the prediction at times[index]."""
 
 
+class Augmented:
+    """An objective on examples of which a share is changed; the changed ones carry a mark.
+
+    Arguments:
+        objective: any objective of this module.
+        augment: x_0 -> (x_0, marks (B,)); see `nelbo.data.augmentation`.
+    """
+
+    def __init__(
+        self, objective: Objective, augment: Callable[[Tensor], tuple[Tensor, Tensor]]
+    ) -> None:
+        self.objective = objective
+        self.augment = augment
+        self.times = objective.times
+        self.unit = objective.unit
+
+    def __call__(self, model: Reverse, x_0: Tensor, cond: Any = None) -> Tensor:
+        """(B,) losses; the marks are the condition."""
+        assert cond is None, "the condition is the mark"
+        return self.objective(model, *self.augment(x_0))
+
+
 class Vlb(Objective):
     """The bound itself: prior + term_i/p_i, nats per example, unbiased for any p."""
 
-    unit = "nats per example"
+    unit = NATS
 
     def loss(self, at: Prediction, x_0: Tensor, index: Tensor, probability: Tensor) -> Tensor:
         prior = prior_term(at.model, x_0, self.times)

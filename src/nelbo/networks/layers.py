@@ -162,6 +162,25 @@ class Fourier(nn.Module):
         return out
 
 
+class Marked(nn.Module):
+    """Gives a class-conditional network the mark 0 wherever no condition is passed.
+
+    Arguments:
+        network: takes cond (B,) int64; see `nelbo.data.augmentation`.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Call the network with cond, or with zeros."""
+        if cond is None:
+            cond = torch.zeros(len(x_t), dtype=torch.int64, device=x_t.device)
+        out: Tensor = self.network(x_t, t, cond)
+        return out
+
+
 class Positions(nn.Module):
     """Appends learned channels, the same for every example, that depend on the position alone.
 

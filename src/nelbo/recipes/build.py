@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, cast
 
 from torch import Tensor
 
+from nelbo.data.augmentation import Affine
 from nelbo.data.base import Dataset
 from nelbo.data.cifar import cifar10
 from nelbo.data.embedded import digits
 from nelbo.data.sources import open_path
 from nelbo.data.toys import swissroll
 from nelbo.errors import InputRefused, UsageError
+from nelbo.networks.heads import LevelHead
+from nelbo.objectives import Augmented
 from nelbo.randomness import seeded
 from nelbo.recipes import options as o
 from nelbo.recipes.models import (
     assemble,
     exact_model,
+    level_head,
     mlp,
     objective_of,
     parameterization_of,
@@ -54,10 +59,20 @@ def _images(options: o.Digits | o.Images | o.Mnist | o.Cifar10, dataset: Dataset
             f"{dataset.name} holds real vectors, not images: use the recipe vectors"
         )
     times, schedule = _grid(options)
-    out = parameterization_of(options, times, dataset.levels).channels(dataset.shape()[0])
+    channels = dataset.shape()[0]
+    out = parameterization_of(options, times, dataset.levels).channels(channels)
+    smooth = options.predict == "levels" and options.waves is not None
+    if smooth:
+        out = LevelHead.channels(channels, options.waves or 0)
     network = unet(options, dataset.shape(), out, schedule)
+    if smooth:
+        network = level_head(network, dataset, options.waves or 0)
     model = assemble(options, dataset.levels, network, times, schedule)
-    return _recipe(options, options, dataset, model, times)
+    recipe = _recipe(options, options, dataset, model, times)
+    if not options.augment:
+        return recipe
+    moved = Augmented(objective_of(options, times), Affine(dataset.levels, options.augment))
+    return dataclasses.replace(recipe, objective=moved)
 
 
 def _vectors(options: o.Vectors | o.SwissRoll, dataset: Dataset, **more: Any) -> Recipe:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from nelbo import objectives
+from nelbo.data.base import Dataset
 from nelbo.data.mixture import GaussianMixture
 from nelbo.decoders import Density, Discretized, Edge, Following, LevelMass, Lose, Ratio
 from nelbo.errors import UsageError
-from nelbo.networks.layers import Fourier, Positions, Timed
+from nelbo.networks.heads import LevelHead, channel_dropout
+from nelbo.networks.layers import Fourier, Marked, Positions, Timed
 from nelbo.networks.mlp import MLP
 from nelbo.networks.unet import UNet, zero_last
 from nelbo.parameterizations import X0, Epsilon, GaussianParameterization, Levels, Mean, Velocity
@@ -77,6 +80,8 @@ def decoder_of(options: Diffusion, times: Tensor, levels: int | None) -> Decoder
         kind = "real vectors" if levels is None else f"data with {levels} levels"
         fit = "density" if levels is None else "discretized"
         raise UsageError(f"--decoder {options.decoder} does not fit {kind}: take {fit}")
+    if options.decoder == "mass" and options.predict != "levels":
+        raise UsageError("--decoder mass reads the masses of --predict levels: take discretized")
     edge = edge_of(options, times)
     if levels is None:
         return Density(edge)
@@ -91,7 +96,17 @@ def objective_of(options: Diffusion, times: Tensor) -> objectives.Objective:
         "mean": objectives.Mean,
         "hybrid": objectives.Hybrid,
     }
-    return kinds[options.objective](times)
+    return kinds[options.objective](times, focus_of(options, times))
+
+
+def focus_of(options: Diffusion, times: Tensor) -> Tensor | None:
+    """(N,) probabilities of the terms: a normal bump over log-SNR with 20 % uniform; or None."""
+    if options.focus is None:
+        return None
+    centre, width = options.focus
+    logsnr = schedule_of(options).logsnr(times)
+    bump = torch.exp(-0.5 * ((logsnr - centre) / width) ** 2)
+    return 0.8 * bump / bump.sum() + 0.2 / len(times)
 
 
 def timed(network: nn.Module, schedule: Schedule) -> nn.Module:
@@ -127,15 +142,36 @@ def unet(options: UNetShape, shape: tuple[int, ...], out: int, timesteps: Schedu
         up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attend)),
         dropout=options.dropout,
         norm_num_groups=_groups(options.channels),
-        attention_head_dim=None,
+        attention_head_dim=options.head_dim,
+        num_class_embeds=2 if options.augment else None,
         norm_eps=1e-6,
     )
     zero_last(network)
+    if options.drop_channels:
+        channel_dropout(network)
+    if options.augment:
+        network = Marked(network)
     if options.positions:
         network = Positions(network, (height, width), options.positions)
     if options.fourier:
         network = Fourier(network, options.fourier)
     return timed(network, timesteps)
+
+
+def level_head(network: nn.Module, dataset: Dataset, waves: int) -> LevelHead:
+    """A head with smooth logits whose bias starts at the training frequencies of each pixel.
+
+    The counts are mixed with 5 examples of the frequencies of all pixels together, and these with
+    a tenth of an example of every level, so that none is zero.
+    """
+    levels = dataset.levels
+    assert levels is not None
+    head = LevelHead(network, dataset.shape(), levels, waves)
+    rows = dataset.train.long()
+    counts = torch.stack([(rows == j).double().sum(0) for j in range(levels)], 1)
+    overall = counts.mean((0, 2, 3), keepdim=True) + 0.1
+    head.start_at((counts + 5 * overall / overall.sum()) / (len(rows) + 5))
+    return head
 
 
 def _groups(channels: int) -> int:

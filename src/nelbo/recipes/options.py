@@ -100,6 +100,9 @@ class Diffusion:
     """Clip the predicted data to this size; part of the model."""
     objective: Literal["vlb", "simple", "mean", "hybrid"] = "vlb"
     """What is minimised."""
+    focus: tuple[float, float] | None = None
+    """Centre and width in log-SNR of the times that are drawn more often; the objective stays
+    unbiased."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +117,16 @@ class UNetShape:
     """Residual blocks per resolution."""
     attention: tuple[int, ...] = (16, 8)
     """Heights at which attention is used."""
+    head_dim: int | None = None
+    """Channels of an attention head; one head by default."""
     dropout: float = 0.1
     """In every residual block."""
+    drop_channels: bool = False
+    """Drop whole channels instead of single values."""
+    waves: int | None = None
+    """With --predict levels: cosines that make up a level's logits; free logits by default."""
+    augment: float = 0.0
+    """Share of examples that are moved a little, and marked as such to the network."""
     fourier: tuple[int, ...] = (7, 8)
     """Fourier features of the input, exponents n of 2^n pi; empty for none."""
     positions: int = 0
@@ -142,9 +153,16 @@ class Digits(Options, Diffusion, UNetShape):
     multipliers: tuple[int, ...] = (1, 2)
     layers: int = 1
     attention: tuple[int, ...] = (4,)
+    head_dim: int | None = 16
     dropout: float = 0.2
+    drop_channels: bool = True
+    waves: int | None = 8
+    focus: tuple[float, float] | None = (4.5, 2.5)
     fourier: tuple[int, ...] = ()
+    positions: int = 8
+    batch: int = 64
     rate: float = 2e-3
+    ema: float = 0.998
     validate_every: int = 500
     save_every: int = 500
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from nelbo.data.base import Dataset
-from nelbo.objectives import Objective
+from nelbo.objectives import Augmented, Objective
 from nelbo.recipes.options import Options
 from nelbo.reverse import Reverse
 
@@ -27,6 +27,6 @@ class Recipe:
     dataset: Dataset
     model: Reverse
     times: Tensor
-    objective: Objective
+    objective: Objective | Augmented
     exact: Reverse | None = None
     description: dict[str, str] = field(default_factory=dict)

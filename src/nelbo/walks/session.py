@@ -11,8 +11,8 @@ from typing import Any
 
 from nelbo import checkpoint, console
 from nelbo.errors import InputRefused, exit_code
+from nelbo.estimate import NATS
 from nelbo.files import set_aside
-from nelbo.objectives import Vlb
 from nelbo.recipes.recipe import Recipe
 from nelbo.rundir import RunDirectory
 from nelbo.trainer import Record, Trainer
@@ -164,12 +164,12 @@ class Session:
     def _loss(self) -> float:
         """Mean loss since the last line: bits/dim of the bound, else as the objective has it."""
         mean = math.fsum(r.losses[PLAYER] for r in self.losses) / len(self.losses)
-        if not isinstance(self.recipe.objective, Vlb):
+        if self.recipe.objective.unit != NATS:
             return mean
         return (mean + self.recipe.dataset.offset()) / (self.recipe.dataset.dims * math.log(2))
 
     def _shown(self) -> str:
-        unit = " bits/dim" if isinstance(self.recipe.objective, Vlb) else ""
+        unit = " bits/dim" if self.recipe.objective.unit == NATS else ""
         return f"{self.shown_loss:.3f}{unit}"
 
     def _note(self) -> str:

@@ -96,11 +96,18 @@ def trainer_of(recipe: Recipe, device: str) -> Trainer:
         rows = batch_indices(len(dataset.train), options.batch, options.seed, step)
         return dataset.encode(dataset.train[rows]).to(device)
 
+    # biases, gains and position maps are not shrunk: zero means nothing special there
+    shrunk = [p for name, p in model.named_parameters() if p.ndim >= 2 and not _placed(name)]
+    others = [p for name, p in model.named_parameters() if p.ndim < 2 or _placed(name)]
+    groups: list[dict[str, Any]] = [
+        {"params": shrunk, "weight_decay": options.weight_decay},
+        {"params": others},
+    ]
     optimizer = torch.optim.AdamW(
-        model.parameters(),
+        groups,
         lr=options.rate,
         betas=(0.9, options.beta2),
-        weight_decay=options.weight_decay,
+        weight_decay=0.0,
         fused=True,
     )
     player = Player(PLAYER, model, optimizer, lambda x_0: recipe.objective(model, x_0))
@@ -115,6 +122,11 @@ def trainer_of(recipe: Recipe, device: str) -> Trainer:
         accumulation=options.accumulation,
         autocast=_autocast(device) if options.bf16 else None,
     )
+
+
+def _placed(name: str) -> bool:
+    """Whether a parameter is a map over positions."""
+    return name.endswith((".positions", ".bias"))
 
 
 def _autocast(device: str) -> Any:
