@@ -16,6 +16,7 @@ from torch.distributions import Distribution
 
 from nelbo.distributions import kl_divergence
 from nelbo.processes.base import Process
+from nelbo.processes.bernoulli import Bernoulli
 from nelbo.processes.gaussian import Gaussian
 from nelbo.schedules import Cosine, Harmonic, Linear, LogSNRLinear, Schedule, Tabulated
 
@@ -66,8 +67,17 @@ SCHEDULES: list[tuple[Schedule, int]] = [
     (Tabulated([0.3, 0.01, 0.5, 0.5, 0.999]), 5),
 ]
 
+BITS = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.0, 1.0, 0.0, 1.0]], dtype=torch.float64)
+RATES = torch.tensor([0.5, 0.2, 0.03, 0.9], dtype=torch.float64)
+
+
+def bernoulli(schedule: Schedule) -> Process:
+    return Bernoulli(schedule, RATES)
+
+
 FAMILIES: list[Case] = [
     *[Case("gaussian", Gaussian, schedule, REAL, steps) for schedule, steps in SCHEDULES],
+    *[Case("bernoulli", bernoulli, schedule, BITS, steps) for schedule, steps in SCHEDULES],
 ]
 
 

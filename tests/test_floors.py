@@ -28,6 +28,7 @@ _FLOORS = {
     "schedules": (0, 1),
     "estimate": (0, 1),
     "distributed": (0, 1),
+    "bits": (0, 2),
     "checkpoint": (0, 2),
     "console": (0, 2),
     "processes.base": (1, 0),

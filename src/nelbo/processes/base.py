@@ -11,6 +11,7 @@ A family implements these four conditionals; the bound, the samplers and the tra
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,28 @@ def along(coefficient: Tensor, x: Tensor) -> Tensor:
     """
     value = coefficient.to(device=x.device, dtype=x.dtype)
     return value if value.dim() == 0 else value.reshape(-1, *([1] * (x.dim() - 1)))
+
+
+class Ratio(NamedTuple):
+    """What a pair s < t keeps and loses between its times, float64, each () or (B,)."""
+
+    log_c: Tensor
+    """log(1 − snr_t/snr_s)."""
+    log_alpha: Tensor
+    """log(k_t/k_s)."""
+    log_beta: Tensor
+    """log(1 − k_t/k_s)."""
+
+
+def ratio(schedule: Schedule, s: Tensor, t: Tensor) -> Ratio:
+    """α = k_t/k_s, β = 1 − α = l_t c and c of a pair, from log-SNR alone."""
+    log_c = torch.log(-torch.expm1(schedule.logsnr(t) - schedule.logsnr(s)))
+    log_beta = schedule.log_lose(t) + log_c
+    # each form of log α is exact where the other one cancels
+    small = log_beta < -0.7
+    difference = schedule.log_keep(t) - schedule.log_keep(s)
+    log_alpha = torch.where(small, torch.log1p(-log_beta.exp()), difference)
+    return Ratio(log_c, log_alpha, log_beta)
 
 
 class Process(nn.Module, ABC):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from nelbo.distributions import DiagonalNormal
-from nelbo.processes.base import Process, along
+from nelbo.processes.base import Process, along, ratio
 
 
 class Pair(NamedTuple):
@@ -45,21 +45,15 @@ class Gaussian(Process):
     def pair(self, s: Tensor, t: Tensor) -> Pair:
         """All coefficients of the pair s < t, from log-SNR alone."""
         q = self.schedule
-        log_c = torch.log(-torch.expm1(q.logsnr(t) - q.logsnr(s)))
+        step = ratio(q, s, t)
         log_lose_s, log_lose_t = q.log_lose(s), q.log_lose(t)
-        log_beta = log_lose_t + log_c
-        # each form of log α is exact where the other one cancels
-        small = log_beta < -0.7
-        log_alpha = torch.where(
-            small, torch.log1p(-log_beta.exp()), q.log_keep(t) - q.log_keep(s)
-        )
         return Pair(
-            c=log_c.exp(),
-            log_alpha=log_alpha,
-            log_beta=log_beta,
-            log_posterior=log_lose_s + log_c,
-            from_data=(0.5 * q.log_keep(s) + log_c).exp(),
-            from_latent=(0.5 * log_alpha + log_lose_s - log_lose_t).exp(),
+            c=step.log_c.exp(),
+            log_alpha=step.log_alpha,
+            log_beta=step.log_beta,
+            log_posterior=log_lose_s + step.log_c,
+            from_data=(0.5 * q.log_keep(s) + step.log_c).exp(),
+            from_latent=(0.5 * step.log_alpha + log_lose_s - log_lose_t).exp(),
         )
 
     def prior(self, like: Tensor) -> DiagonalNormal:
