@@ -82,8 +82,22 @@ def term_of(at: Prediction, x_0: Tensor, times: Tensor, index: Tensor) -> Tensor
 
 
 def draw(model: Reverse, x_0: Tensor, t: Tensor) -> Tensor:
-    """x_t ~ q(x_t|x_0), (B, *shape); t () or (B,)."""
-    return model.process.marginal(x_0, t).sample()
+    """x_t ~ q(x_t|x_0), (B, *shape); t () or (B,).
+
+    The noise is held where the family allows it, so that a learned schedule has a gradient.
+
+    Raises:
+        ValueError: the process has parameters and its draws have no gradient.
+    """
+    law = model.process.marginal(x_0, t)
+    if law.has_rsample:
+        return law.rsample()
+    if any(p.requires_grad for p in model.process.parameters()):
+        raise ValueError(
+            f"{type(model.process).__name__} draws discrete latents, through which a schedule "
+            "cannot learn: give it a fixed schedule"
+        )
+    return law.sample()
 
 
 def term(model: Reverse, x_0: Tensor, times: Tensor, index: Tensor, cond: Any = None) -> Tensor:

@@ -5,7 +5,7 @@ worth about a tenth of a bit per dimension; every figure names it.
 
 References:
     Ho, Jain, Abbeel 2020, eq. 13 (`Discretized`); Nichol, Dhariwal 2021 (`Following`);
-    Kingma et al. 2021 (`Ratio`).
+    Kingma et al. 2021 (`Ratio`); Sohl-Dickstein et al. 2015 (`EdgeFixed`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from nelbo.distributions import DiagonalNormal, DiscretizedNormal, LevelCategorical
 from nelbo.parameterizations import GaussianParameterization, Levels
@@ -110,3 +111,18 @@ class LevelMass(Decoder):
         if not isinstance(parameterization, Levels):
             raise ValueError("LevelMass reads the masses of Levels; use Discretized(levels) here")
         return LevelCategorical(parameterization.logits(at))
+
+
+class EdgeFixed(Decoder):
+    """p(x_0|x_1) = q(x_1|x_0) π(x_0)/π(x_1), with no parameters: the step of the forward process.
+
+    The processes are reversible under π, so that this is the law of a forward step from x_1 over
+    the same time: N(√k_1 x_1, l_1 I) for Gaussians, P(x_0=1) = k_1 x_1 + l_1 π for bits. It keeps
+    a free density from closing on the lattice of the data at the edge of the chain.
+
+    References:
+        Sohl-Dickstein et al. 2015, appendix B.3 ("edge effect").
+    """
+
+    def distribution(self, at: Prediction) -> Distribution:
+        return at.model.process.marginal(at.x_t, at.t)

@@ -12,7 +12,7 @@ of a grid is another grid.
 References:
     Kingma, Salimans, Poole, Ho 2021, Variational diffusion models (log-SNR).
     Ho, Jain, Abbeel 2020 (`Linear`); Nichol, Dhariwal 2021 (`Cosine`);
-    Sohl-Dickstein, Weiss, Maheswaranathan, Ganguli 2015 (`Harmonic`).
+    Sohl-Dickstein, Weiss, Maheswaranathan, Ganguli 2015 (`Harmonic`, `Learned`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid, softplus
 
 
 class Float64(nn.Module):
@@ -116,12 +116,22 @@ class Stepped(Schedule, ABC):
         """T."""
         return self.logsnrs.numel()
 
+    def betas(self) -> Tensor:
+        """(T,) β_i = 1 − keep_i/keep_{i−1} = l_i (1 − snr_i/snr_{i−1})."""
+        logsnr = self.table()
+        before = torch.cat([logsnr.new_full((1,), math.inf), logsnr[:-1]])
+        return torch.sigmoid(-logsnr) * -torch.expm1(logsnr - before)
+
     def logsnr(self, t: Tensor) -> Tensor:
         position = t.double() * self.steps
         index = position.round().long() - 1
         if t.device.type == "cpu":  # elsewhere the check would stall the queue at every call
             self._check(position, index)
-        return self.logsnrs[index.to(self.logsnrs.device)].to(t.device)
+        return self.table()[index.to(self.logsnrs.device)].to(t.device)
+
+    def table(self) -> Tensor:
+        """(T,) the log-SNR of every step."""
+        return self.logsnrs
 
     def _check(self, position: Tensor, index: Tensor) -> None:
         off = ((position - index - 1).abs() > 1e-6) | (index < 0) | (index >= self.steps)
@@ -209,3 +219,34 @@ class Harmonic(Stepped):
 
     def __init__(self, steps: int = 1000) -> None:
         super().__init__(1 / torch.arange(steps, 0, -1, dtype=torch.float64))
+
+
+class Learned(Stepped):
+    """β_2..β_T are parameters, β_1 stays: log keep_i = log(1−β_1) − Σ_{1<j≤i} softplus(rise_j).
+
+    keep falls whatever the parameters are. Latents drawn by `rsample` carry the gradient: their
+    noise is held, and the bound is differentiated through the schedule. β_1 sets the resolution
+    of the data, and a bound in which it is free has no best value on a density.
+
+    Arguments:
+        start: the chain to begin with; its last beta must be below 1.
+
+    References:
+        Sohl-Dickstein et al. 2015, section 2.4.1.
+    """
+
+    def __init__(self, start: Stepped) -> None:
+        betas = start.betas()
+        super().__init__(betas)
+        if float(betas[-1]) == 1:
+            raise ValueError(
+                "a learned schedule cannot start from one that erases everything (last beta 1): "
+                "start from Tabulated betas whose last one is below 1"
+            )
+        steps = -torch.log1p(-betas[1:])
+        self.rise = nn.Parameter(steps + torch.log(-torch.expm1(-steps)))
+
+    def table(self) -> Tensor:
+        first = logsigmoid(self.logsnrs[:1])
+        log_keep = torch.cat([first, first - softplus(self.rise).cumsum(0)])
+        return log_keep - torch.log(-torch.expm1(log_keep))

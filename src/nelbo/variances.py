@@ -3,12 +3,14 @@ r"""Variances of the reverse steps: objects that give log σ² for a pair s < t.
     Posterior    β̃      the lower end: right when the data is a point
     Transition   β      right when the data is N(0, I)
     Between      ω log β + (1 − ω) log β̃, ω from the network
+    Free         log β̃ + v, v from the network: any diagonal covariance
 
 At the first time β̃ is 0, and the decoder puts something in its place (`decoders`); `edge` carries
 the interpolation over to there.
 
 References:
-    Ho, Jain, Abbeel 2020, section 3.2; Nichol, Dhariwal 2021, eq. 15.
+    Sohl-Dickstein et al. 2015, section 2.2 (`Free`); Ho, Jain, Abbeel 2020, section 3.2;
+    Nichol, Dhariwal 2021, eq. 15.
 """
 
 from __future__ import annotations
@@ -80,3 +82,25 @@ class Between(Variance):
         assert extra is not None
         low, high = along(log_low, like), along(log_lose, like)
         return low + 0.5 * (extra + 1) * (high - low)
+
+
+class Free(Variance):
+    """log σ² = log β̃ + v with v from the network, any real number: a free diagonal covariance.
+
+    The output v is a log ratio: 0 is the posterior's β̃, log β/β̃ the transition's β. At the first
+    time it is taken from what the decoder puts in the place of β̃.
+
+    References:
+        Sohl-Dickstein et al. 2015, section 2.2.
+    """
+
+    learned = True
+
+    def between(self, pair: Pair, extra: Tensor | None, like: Tensor) -> Tensor:
+        return self.edge(pair.log_posterior, pair.log_beta, extra, like)
+
+    def edge(
+        self, log_low: Tensor, log_lose: Tensor, extra: Tensor | None, like: Tensor
+    ) -> Tensor:
+        assert extra is not None
+        return along(log_low, like) + extra

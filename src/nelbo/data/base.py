@@ -1,7 +1,7 @@
 """What the rest of the package knows of a data set.
 
 Data are stored as they came: integer levels of images, (n, C, H, W), or real vectors, (n, D). The
-model sees x = 2 level/(levels - 1) - 1, or x = (y - shift)/scale. A density carries units: with D
+model sees x = 2 level/(levels - 1) - 1, bits as they are, or x = (y - shift)/scale. A density carries units: with D
 dimensions, -log p(y) = -log p(x) + sum_d log scale_d. Levels are discrete and have no such term.
 """
 
@@ -23,19 +23,19 @@ CHUNK = 4096
 
 @dataclass(frozen=True)
 class Truth:
-    """What is known exactly of data drawn from a Gaussian mixture.
+    """What is known exactly of generated data.
 
     Arguments:
-        entropy: differential entropy in nats, in the units of the stored vectors.
+        entropy: entropy in nats; of a density, in the units of the stored vectors.
         entropy_error: bound on its absolute numerical error, in nats.
-        log_prob: (B, D) float64 in stored units -> (B,) nats.
-        components: the mixture itself, in stored units.
+        log_prob: (B, D) in stored units -> (B,) nats.
+        components: of a Gaussian mixture the mixture itself, in stored units.
     """
 
     entropy: float
     entropy_error: float
     log_prob: Callable[[Tensor], Tensor]
-    components: GaussianMixture
+    components: GaussianMixture | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Dataset:
         truth: of toys, None for data from files.
         labels: per part, (n,) int64, where the source has them.
         rows: per part, (n,) position of each example in the source.
+        binary: two levels that the model sees as the bits 0 and 1.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Dataset:
     truth: Truth | None = None
     labels: dict[str, Tensor] | None = None
     rows: dict[str, Tensor] | None = None
+    binary: bool = False
 
     def shape(self) -> tuple[int, ...]:
         """Shape of one example."""
@@ -75,7 +77,7 @@ class Dataset:
         return math.prod(self.shape())
 
     def encode(self, y: Tensor) -> Tensor:
-        """Stored rows on the model's scale: 2 y/(levels - 1) - 1, or (y - shift)/scale.
+        """Stored rows on the model's scale: 2 y/(levels - 1) - 1, bits, or (y - shift)/scale.
 
         Arguments:
             y: (B, *shape), levels or vectors.
@@ -107,6 +109,8 @@ class Dataset:
         if self.levels is None:
             y = x.double()
             return y * self._like(y, self.scale) + self._like(y, self.shift)
+        if self.binary:
+            return (x > 0.5).to(torch.uint8)
         top = self.levels - 1
         return ((x.float() + 1) * (top / 2)).round().clamp(0, top).to(torch.uint8)
 
@@ -123,8 +127,8 @@ class Dataset:
         Raises:
             InputRefused: the data come from files, the truth is not known.
         """
-        if self.truth is None:
-            raise InputRefused(f"{self.name}: the true density is known of toys only")
+        if self.truth is None or self.truth.components is None:
+            raise InputRefused(f"{self.name}: the true density is known of mixtures only")
         return self.truth.components.standardized(self.shift, self.scale)
 
     def uniform_baseline(self) -> float:
@@ -160,6 +164,8 @@ class Dataset:
 
     def _level_values(self) -> Tensor:
         top = self._levels() - 1
+        if self.binary:
+            return torch.tensor([0.0, 1.0])
         return (torch.arange(top + 1, dtype=torch.float64) * 2 / top - 1).float()
 
     @staticmethod
