@@ -8,8 +8,8 @@ With M of them,
 
     L_M(x_0) = −log (1/M) Σ_m w_m,   −log p_θ(x_0) ≤ E L_{M+1} ≤ E L_M ≤ E L_1 = L(x_0).
 
-Neither the divergences of the bound nor independent draws of x_t can stand in for these log-ratios:
-the bound's terms have the right mean, but the mean of their exponential is not p_θ(x_0).
+Neither the divergences of the bound nor independent draws of x_t can stand in for these
+log-ratios: their sum has the right mean, but its exponential does not.
 
 L_M is an upper bound of −log p_θ(x_0) in expectation, near it only where the effective sample size
 (Σw)²/Σw² is well above one. So no figure of this module goes without M and that size beside it.
@@ -33,13 +33,13 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from nelbo.distributions import per_example
-from nelbo.errors import NumericalFailure, UsageError
+from nelbo.errors import InputRefused, NumericalFailure, UsageError
 from nelbo.estimate import Estimate
-from nelbo.randomness import seeded
+from nelbo.randomness import key, seeded
 from nelbo.reverse import Prediction, Reverse
 
-EXAMPLES, DRAWS = 32, 8
-"""Examples and trajectories of a cell, which shares a random stream."""
+EXAMPLES, CELL = 32, 512
+"""Most examples, and most trajectories, of a cell, which shares a random stream."""
 FEW = 2.0
 """Below this effective sample size a single trajectory carries most of the weight."""
 
@@ -69,7 +69,8 @@ class ImportanceWeighted:
     @property
     def ess(self) -> Tensor:
         """(n,) effective sample size (Σw)²/Σw², from 1 to M; nan where all weights are zero."""
-        return (2 * self.log_w.logsumexp(1) - (2 * self.log_w).logsumexp(1)).exp()
+        size: Tensor = (2 * self.log_w.logsumexp(1) - (2 * self.log_w).logsumexp(1)).exp()
+        return size
 
     def table(self, draws: int) -> Tensor:
         """L_m of disjoint groups of m trajectories.
@@ -145,24 +146,26 @@ def importance_weighted(
         x_0: (n, *shape) examples on the model's scale, in the dtype of the network.
         times: (N,) increasing, float64: the grid of the model.
         draws: M.
-        seed: the weights of an example are a function of it, of the place of the example, and M.
-        batch: trajectories per network call, in whole cells of at most 256; changes only rounding.
+        seed: the weights are a function of it, of n and M.
+        batch: trajectories per network call, in whole cells of at most 512; changes only rounding.
         offset: nats per example of a density's units (Dataset.offset).
         track: told the number of calls done and planned, in trajectories.
     Raises:
-        UsageError: draws is below 1.
+        UsageError: draws is below 1. InputRefused: there are no examples.
         NumericalFailure: a weight is not a number.
     References:
         Burda, Grosse, Salakhutdinov 2016, eq. 8.
     """
     if draws < 1:
         raise UsageError(f"{draws} trajectories per example: at least one is needed")
+    if len(x_0) == 0:
+        raise InputRefused("no examples: an importance weight needs at least one")
     walker = _Walker(model, x_0, times, seed, device)
     log_w = torch.empty(len(x_0), draws, dtype=torch.float64)
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), seeded(seed, "importance"):
             for done, cells in _batches(len(x_0), draws, batch):
                 for cell, values in zip(cells, walker.weights(cells), strict=True):
                     log_w[cell.examples, cell.draws] = values
@@ -193,9 +196,10 @@ def _batches(n: int, draws: int, batch: int) -> Iterator[tuple[int, list[_Cell]]
     """Groups of cells of about `batch` trajectories, and how many are done after each."""
     group: list[_Cell] = []
     done = 0
+    each = CELL // min(n, EXAMPLES)
     for a in range(0, n, EXAMPLES):
-        for b in range(0, draws, DRAWS):
-            cell = _Cell(slice(a, min(a + EXAMPLES, n)), slice(b, min(b + DRAWS, draws)))
+        for b in range(0, draws, each):
+            cell = _Cell(slice(a, min(a + EXAMPLES, n)), slice(b, min(b + each, draws)))
             if group and sum(c.size for c in group) + cell.size > batch:
                 yield done, group
                 group = []
@@ -239,9 +243,7 @@ class _Walker:
             log_w, x_t = log_w + gain, x_s
         return log_w + per_example(self.at(x_t, times[0]).decoder().log_prob(x_0))
 
-    def pair(
-        self, x_0: Tensor, x_t: Tensor, i: int, cells: list[_Cell]
-    ) -> tuple[Tensor, Tensor]:
+    def pair(self, x_0: Tensor, x_t: Tensor, i: int, cells: list[_Cell]) -> tuple[Tensor, Tensor]:
         """x_s ~ q(x_s|x_t, x_0), and log p_θ(x_s|x_t) − log q(x_s|x_t, x_0)."""
         t, s = self.times[i], self.times[i - 1]
         posterior = self.model.process.posterior
@@ -258,12 +260,12 @@ class _Walker:
     def sample(
         self, cells: list[_Cell], step: int, law: Callable[[slice], Distribution]
     ) -> Tensor:
-        """A draw for all rows, each cell from its own stream."""
+        """A draw for all rows, each cell from its own stream (inside `seeded`)."""
         parts, start = [], 0
         for cell in cells:
-            block = (cell.examples.start // EXAMPLES, cell.draws.start // DRAWS)
-            with seeded(self.seed, "importance", *block, step):
-                parts.append(law(slice(start, start + cell.size)).sample())
+            block = (cell.examples.start, cell.draws.start)
+            torch.manual_seed(key(self.seed, "importance", *block, step))
+            parts.append(law(slice(start, start + cell.size)).sample())
             start += cell.size
         return torch.cat(parts)
 
