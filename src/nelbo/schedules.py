@@ -31,7 +31,7 @@ class Float64(nn.Module):
     """A module whose tensors follow the model to its device and stay float64 when it is cast."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        return super()._apply(lambda x: x.to(fn(x.detach()[:0]).device), recurse)
+        return super()._apply(lambda x: x.to(fn(x.detach().flatten()[:0]).device), recurse)
 
 
 class Schedule(Float64, ABC):
