@@ -76,7 +76,9 @@ def _ratio(text: str) -> float:
     return float(above) / float(below)
 
 
-def model_of(kind: str, process: Bernoulli, times: Tensor, decoder: Decoder | None = None) -> Reverse:
+def model_of(
+    kind: str, process: Bernoulli, times: Tensor, decoder: Decoder | None = None
+) -> Reverse:
     """The stored reverse chain `direct` (as flips) or `x0` (as logits)."""
     parameterization = Flip(times) if kind == "direct" else Logits()
     decoder = BernoulliDecoder() if decoder is None else decoder
@@ -108,7 +110,8 @@ def log_likelihood(model: Reverse, x_0: Tensor, times: Tensor) -> Tensor:
 
 def _matrix(law: Any, targets: Tensor) -> Tensor:
     """(rows of the law, targets) of probabilities."""
-    return torch.stack([per_example(law.log_prob(x.expand(law.mean.shape))) for x in targets], 1).exp()
+    columns = [per_example(law.log_prob(x.expand(law.mean.shape))) for x in targets]
+    return torch.stack(columns, 1).exp()
 
 
 # --- checks --------------------------------------------------------------------------------------

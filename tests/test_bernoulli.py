@@ -118,7 +118,7 @@ def test_detailed_balance() -> None:
 
 
 def single_bits(rates: Tensor, schedule: Schedule, stationary: float) -> Reverse:
-    """The exact reverse model of independent bits of the given rates: `Context` with their logit."""
+    """The exact reverse model of independent bits of given rates: `Context` with their logit."""
 
     class Constant(nn.Module):
         def forward(self, x_t: Tensor, t: Tensor, cond: object = None) -> Tensor:
@@ -291,7 +291,8 @@ def test_flip_and_logits_of_the_same_kernels_agree() -> None:
 
     flips = Reverse(process, Same(), Flip(times), BernoulliDecoder())
     for t in times:
-        torch.testing.assert_close(flips.predict(x_t, t), logits.predict(x_t, t), rtol=1e-9, atol=0)
+        expected_value = logits.predict(x_t, t)
+        torch.testing.assert_close(flips.predict(x_t, t), expected_value, rtol=1e-9, atol=0)
 
 
 def test_flip_gives_the_probability_of_a_flip() -> None:

@@ -1,5 +1,4 @@
-"""The kernel of Sohl-Dickstein et al. 2015 for Gaussians: learned betas, free diagonal, fixed edge.
-"""
+"""The Gaussian kernel of Sohl-Dickstein et al. 2015: learned betas, free diagonal, fixed edge."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ MEAN, VARIANCE = 0.5, 0.6
 
 
 class Denoiser(nn.Module):
-    """E[x_0|x_t] of N(.5, .6) under a schedule, which may be learned: m + √k v/(k v + l) (x_t − √k m)."""
+    """E[x_0|x_t] of N(.5, .6): m + √k v/(k v + l) (x_t − √k m), k, l of the schedule."""
 
     def __init__(self, process: Gaussian) -> None:
         super().__init__()
@@ -65,14 +64,16 @@ def test_starts_at_the_given_betas() -> None:
     for start in (Tabulated(BETAS), Linear(1000)):
         learned = Learned(start)
         times = start.grid()
-        torch.testing.assert_close(learned.logsnr(times), start.logsnr(times), rtol=1e-11, atol=1e-11)
+        expected = start.logsnr(times)
+        torch.testing.assert_close(learned.logsnr(times), expected, rtol=1e-11, atol=1e-11)
         torch.testing.assert_close(learned.betas(), start.betas(), rtol=1e-10, atol=0)
 
 
 def test_betas_are_those_given() -> None:
     expected = torch.tensor(BETAS, dtype=torch.float64)
     torch.testing.assert_close(Tabulated(BETAS).betas(), expected, rtol=1e-13, atol=0)
-    torch.testing.assert_close(Harmonic(4).betas(), torch.tensor([1 / 4, 1 / 3, 1 / 2, 1]).double())
+    harmonic = torch.tensor([1 / 4, 1 / 3, 1 / 2, 1], dtype=torch.float64)
+    torch.testing.assert_close(Harmonic(4).betas(), harmonic, rtol=1e-13, atol=0)
 
 
 def test_keep_falls_and_the_first_beta_stays_whatever_the_parameters() -> None:
@@ -220,7 +221,7 @@ def optimal(process: Gaussian, times: Tensor) -> Iterator[tuple[int, float]]:
 
 
 def test_the_best_free_variance_is_the_exact_one() -> None:
-    """F5: at v = log(1 + (snr_s − snr_t) M_t) the expected KL is half of v, and stationary there."""
+    """F5: at v = log(1 + (snr_s − snr_t) M_t) the KL is v/2 per dimension, and stationary."""
     process = Gaussian(Tabulated(BETAS))
     times = process.schedule.grid()
     known = GaussianData([MEAN, MEAN], [[VARIANCE, 0.0], [0.0, VARIANCE]])
@@ -235,7 +236,7 @@ def test_the_best_free_variance_is_the_exact_one() -> None:
 
 
 def test_fixed_edge_of_a_gaussian() -> None:
-    """N(√k_1 x_1, l_1 I), which no parameter touches, and π(x_0) q(x_1|x_0) = π(x_1) p(x_0|x_1)."""
+    """N(√k_1 x_1, l_1 I), free of parameters, and π(x_0) q(x_1|x_0) = π(x_1) p(x_0|x_1)."""
     process = Gaussian(Tabulated(BETAS))
     t = process.schedule.grid()[0]
     model = Reverse(process, nn.Linear(2, 2), Epsilon(), EdgeFixed())
@@ -254,7 +255,8 @@ def test_the_edge_term_needs_no_gradient_and_pairs_have_one() -> None:
     model, times = model_of(schedule), schedule.grid()
     x_0 = data()
     t = times[:1].expand(6)
-    value = term_of(model.at(draw(model, x_0, t), t), x_0, times, torch.zeros(6, dtype=torch.int64))
+    first = torch.zeros(6, dtype=torch.int64)
+    value = term_of(model.at(draw(model, x_0, t), t), x_0, times, first)
     (gradient,) = torch.autograd.grad(value.sum(), schedule.rise, allow_unused=True)
     assert gradient is None or float(gradient.abs().max()) == 0
 

@@ -28,7 +28,8 @@ def bernoulli_process(at: Prediction, what: str) -> Bernoulli:
     """The process, if it is Bernoulli; otherwise a ValueError that says what needed it."""
     process = at.model.process
     if not isinstance(process, Bernoulli):
-        raise ValueError(f"{what} is defined for a Bernoulli process, not {type(process).__name__}")
+        name = type(process).__name__
+        raise ValueError(f"{what} is defined for a Bernoulli process, not {name}")
     return process
 
 

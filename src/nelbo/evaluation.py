@@ -217,9 +217,11 @@ def roughness(pairs: Tensor) -> Tensor:
 
 def _integrand(drawer: Drawer, pairs: Tensor, most: int = 200) -> Integrand | None:
     """Neighbouring pairs averaged to at most `most` points (their noise is independent)."""
+    logsnr = drawer.model.process.schedule.logsnr(drawer.times).cpu()
+    # a last step that erases everything ends at log-SNR −∞ and has no density
+    pairs, logsnr = pairs[:, logsnr[1:].isfinite()], logsnr[logsnr.isfinite()]
     if pairs.shape[1] == 0:
         return None
-    logsnr = drawer.model.process.schedule.logsnr(drawer.times).cpu()
     density = pairs / (logsnr[:-1] - logsnr[1:])
     centre = 0.5 * (logsnr[:-1] + logsnr[1:])
     size = math.ceil(len(centre) / most)

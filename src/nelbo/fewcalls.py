@@ -190,8 +190,11 @@ def interpolated(at: Tensor, values: Tensor, length: int) -> Tensor:
 def _scattered(drawer: Drawer, pair: Tensor, terms: Tensor, most: int = 40) -> Integrand:
     """The integrand from scattered terms, mean and error in bins of log-SNR: a picture only."""
     logsnr = drawer.model.process.schedule.logsnr(drawer.times).cpu()
+    # a last step that erases everything ends at log-SNR −∞ and has no density
+    drawn, logsnr = logsnr[1:].isfinite()[pair], logsnr[logsnr.isfinite()]
     width, centre = logsnr[:-1] - logsnr[1:], 0.5 * (logsnr[:-1] + logsnr[1:])
-    density, place = (terms / width[pair]).flatten(), pair.flatten()
+    place = pair[drawn]
+    density = terms[drawn] / width[place]
     bins = min(most, len(width))
     of = place * bins // len(width)
     count = torch.bincount(of, minlength=bins).double()

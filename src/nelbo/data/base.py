@@ -1,8 +1,9 @@
 """What the rest of the package knows of a data set.
 
-Data are stored as they came: integer levels of images, (n, C, H, W), or real vectors, (n, D). The
-model sees x = 2 level/(levels - 1) - 1, bits as they are, or x = (y - shift)/scale. A density carries units: with D
-dimensions, -log p(y) = -log p(x) + sum_d log scale_d. Levels are discrete and have no such term.
+Data are stored as they came: integer levels of images, (n, C, H, W), bits (n, D), or real vectors,
+(n, D). The model sees x = 2 level/(levels - 1) - 1, bits as they are, or x = (y - shift)/scale. A
+density carries units: with D dimensions, -log p(y) = -log p(x) + sum_d log scale_d. Levels are
+discrete and have no such term.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ class Dataset:
             InputRefused: the data come from files, the truth is not known.
         """
         if self.truth is None or self.truth.components is None:
-            raise InputRefused(f"{self.name}: the true density is known of mixtures only")
+            raise InputRefused(f"{self.name}: the true density is known of continuous toys only")
         return self.truth.components.standardized(self.shift, self.scale)
 
     def uniform_baseline(self) -> float:

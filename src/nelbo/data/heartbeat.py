@@ -1,8 +1,8 @@
 """The binary heartbeat: a one at every `period`-th place, the phase uniform over `period`.
 
-The simplest data that no model with independent bits can tell from noise: period sequences of equal
-probability, so that the entropy is exactly log(period) nats, while each bit alone looks like a
-coin of rate 1/period.
+The simplest data that no model with independent bits can tell from noise: `period` sequences of
+equal probability, so that the entropy is exactly log(period) nats, while each bit alone looks like
+a coin of rate 1/period.
 
 References:
     Sohl-Dickstein et al. 2015, section 3.1 and table App.1 (length 20, period 5).

@@ -18,6 +18,7 @@ from nelbo.networks.heads import LevelHead
 from nelbo.objectives import Augmented
 from nelbo.randomness import seeded
 from nelbo.recipes import options as o
+from nelbo.recipes.bits import heartbeat_recipe
 from nelbo.recipes.models import (
     assemble,
     exact_model,
@@ -43,6 +44,8 @@ def build(options: o.Options) -> Recipe:
             return _images(options, digits(options.validation))
         if isinstance(options, o.SwissRoll):
             return _swissroll(options)
+        if isinstance(options, o.Heartbeat):
+            return heartbeat_recipe(options)
         if isinstance(options, o.Vectors):
             return _vectors(options, open_path(options.path))
         if isinstance(options, o.Images):

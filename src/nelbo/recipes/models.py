@@ -16,13 +16,13 @@ from nelbo.networks.mlp import MLP
 from nelbo.networks.unet import UNet, zero_last
 from nelbo.parameterizations import X0, Epsilon, GaussianParameterization, Levels, Mean, Velocity
 from nelbo.processes.gaussian import Gaussian
-from nelbo.recipes.options import Diffusion, UNetShape
+from nelbo.recipes.groups import Diffusion, Noise, UNetShape
 from nelbo.reverse import Decoder, Reverse
 from nelbo.schedules import Cosine, Harmonic, Linear, LogSNRLinear, Schedule, Stepped
 from nelbo.variances import Between, Posterior, Transition, Variance
 
 
-def schedule_of(options: Diffusion) -> Schedule:
+def schedule_of(options: Noise) -> Schedule:
     """The schedule that the options name."""
     stepped: dict[str, type[Linear] | type[Cosine] | type[Harmonic]] = {
         "linear": Linear,
@@ -99,7 +99,7 @@ def objective_of(options: Diffusion, times: Tensor) -> objectives.Objective:
     return kinds[options.objective](times, focus_of(options, times))
 
 
-def focus_of(options: Diffusion, times: Tensor) -> Tensor | None:
+def focus_of(options: Noise, times: Tensor) -> Tensor | None:
     """(N,) probabilities of the terms: a normal bump over log-SNR with 20 % uniform; or None."""
     if options.focus is None:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -13,6 +14,14 @@ from nelbo.reverse import Reverse
 
 
 @dataclass(frozen=True)
+class Reference:
+    """A figure that a run is compared with: −L or K, in bits per example."""
+
+    name: str
+    bits: float
+
+
+@dataclass(frozen=True)
 class Recipe:
     """What `build` makes of options.
 
@@ -20,6 +29,7 @@ class Recipe:
         model: with fresh weights. times: (N,) the grid on which it is trained and measured.
         exact: the model whose denoiser is exact, on the same grid (toys).
         description: short words for reports: what the bound is a bound of.
+        references: published and exact figures for the same set-up, computed when asked for.
     """
 
     name: str
@@ -30,3 +40,4 @@ class Recipe:
     objective: Objective | Augmented
     exact: Reverse | None = None
     description: dict[str, str] = field(default_factory=dict)
+    references: Callable[[], tuple[Reference, ...]] = tuple

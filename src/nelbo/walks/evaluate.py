@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from nelbo import console
 from nelbo.controls import Control, Wiener
@@ -19,6 +20,7 @@ from nelbo.files import write_json_atomic
 from nelbo.processes.gaussian import Gaussian
 from nelbo.recipes.recipe import Recipe
 from nelbo.reverse import Reverse
+from nelbo.walks import comparison
 from nelbo.walks.stored import Stored, device_of, open_run
 
 PILOT = 64
@@ -146,19 +148,23 @@ def write(
 
     The name holds what was measured, so that another measurement never replaces this one.
     """
-    value = {**document(stored.recipe, stored.step, request, result), **extra}
+    recipe = stored.recipe
+    rows = getattr(recipe.dataset, request.split)[: request.limit]
+    known = comparison.entry(recipe, rows, result)
+    value = {**document(recipe, stored.step, request, result), **extra, **known}
     calls = "full" if request.calls is None else f"calls{request.calls}"
     part = request.split if request.limit is None else f"{request.split}{request.limit}"
     name = f"{part}-step{stored.step:08d}-{calls}-seed{request.seed}"
     folder = stored.directory.evaluation
     folder.mkdir(exist_ok=True)
-    _write_npz(folder / f"{name}.npz", result)
+    _write_npz(folder / f"{name}.npz", result, comparison.arrays(recipe, rows))
     write_json_atomic(folder / f"{name}.json", value)
     return value
 
 
-def _write_npz(path: Path, result: Evaluation) -> None:
-    arrays: dict[str, Any] = {name: value.numpy() for name, value in result.values().items()}
+def _write_npz(path: Path, result: Evaluation, more: dict[str, Tensor]) -> None:
+    named = {**result.values(), **more}
+    arrays: dict[str, Any] = {name: value.numpy() for name, value in named.items()}
     if result.integrand is not None:
         for field in ("logsnr", "mean", "se"):
             arrays[f"integrand_{field}"] = getattr(result.integrand, field).numpy()
@@ -183,7 +189,8 @@ def lines(value: dict[str, Any]) -> str:
         f"{value['calls_per_example']:g} network calls per example\n"
     )
     header = ["bound", "bits/dim", "± se", "± se_mc", "bits/example"]
-    return console.clean(head) + "\n" + console.table(rows, header)
+    table = console.clean(head) + "\n" + console.table(rows, header)
+    return f"{table}\n\n{comparison.lines(value)}" if "comparison" in value else table
 
 
 def _row(term: dict[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nelbo import console
 from nelbo.commands import Sample
+from nelbo.data.base import Dataset
 from nelbo.errors import UsageError
 from nelbo.pictures import save_grid
 from nelbo.randomness import seeded
@@ -110,7 +111,7 @@ def write(
     """Write samples.npz with real data beside it, strip.npz and two pictures into a folder."""
     dataset = stored.recipe.dataset
     folder.mkdir(parents=True, exist_ok=True)
-    real = dataset.test[: len(samples)]
+    real, samples = (_rows(dataset, y) for y in (dataset.test[: len(samples)], samples))
     process = stored.recipe.model.cpu().process
     marks = sorted(len(times) - 1 - k for k in _marks(len(times)))
     count = 512 if dataset.levels is None else 8
@@ -118,13 +119,26 @@ def write(
     _save(folder / "samples.npz", samples=samples.numpy(), real=real.numpy())
     _save(
         folder / "strip.npz",
-        forward=forward.numpy(),
-        reverse=strip["reverse"][:, :count].numpy(),
+        forward=_stills(dataset, forward).numpy(),
+        reverse=_stills(dataset, strip["reverse"][:, :count]).numpy(),
         logsnr=np.r_[np.inf, process.schedule.logsnr(times[torch.tensor(marks)]).numpy()],
     )
     save_grid(folder / "samples.png", samples[:100].numpy(), dataset.levels)
     save_grid(folder / "real.png", real[:100].numpy(), dataset.levels)
     return {"picture": str(folder / "samples.png"), "array": str(folder / "samples.npz")}
+
+
+def _rows(dataset: Dataset, y: Tensor) -> Tensor:
+    """Sequences of levels (n, D) as pictures of one row (n, 1, 1, D); all else as it is."""
+    sequences = dataset.levels is not None and len(dataset.shape()) == 1
+    return y[:, None, None] if sequences else y
+
+
+def _stills(dataset: Dataset, walk: Tensor) -> Tensor:
+    """(k, m, *shape) on the scale of pictures; m sequences of levels as one (k, 1, m, D)."""
+    scaled = 2 * walk - 1 if dataset.binary else walk
+    sequences = dataset.levels is not None and len(dataset.shape()) == 1
+    return scaled[:, None] if sequences else scaled
 
 
 def _save(path: Path, **arrays: Any) -> None:

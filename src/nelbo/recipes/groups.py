@@ -1,0 +1,153 @@
+"""Groups of options that recipes are made of: control, training, noise, process, network.
+
+The text under each field is its help. Nothing heavy is imported here. What describes the run is
+stored in its recipe.json; what describes only this start of it (`Control`) is not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Control:
+    """This start of the program; not part of what the run is."""
+
+    out: Path | None = None
+    """Run directory; runs/NAME by default (NELBO_OUT names another root)."""
+    resume: bool = False
+    """Continue the run in --out from its newest valid checkpoint."""
+    device: Device = "auto"
+    """Where to compute."""
+    threads: int | None = None
+    """CPU threads; as many as there are cores by default."""
+    json: bool = False
+    """Print one JSON document on stdout instead of tables."""
+    quiet: bool = False
+    """No progress on stderr."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How long and how fast to train, and what to keep."""
+
+    steps: int = 20_000
+    """Updates."""
+    batch: int = 128
+    """Examples per update."""
+    rate: float = 1e-3
+    """Peak learning rate (AdamW)."""
+    warmup: int = 100
+    """Updates of linear warm-up."""
+    decay: Literal["cosine", "constant"] = "cosine"
+    """Learning rate after the warm-up."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled weight decay."""
+    beta2: float = 0.99
+    """AdamW's second beta."""
+    ema: float = 0.999
+    """Decay of the averaged weights, which are the ones that are measured and sampled."""
+    clip: float | None = 1.0
+    """Largest gradient norm of the loss in nats per dimension."""
+    accumulation: int = 1
+    """Parts into which a batch is split to save memory."""
+    bf16: bool = False
+    """Compute the network in bfloat16 (autocast); official figures are float32 all the same."""
+    compile: bool = False
+    """Compile the network (torch.compile)."""
+    validate_every: int = 1000
+    """Updates between validation bounds; 0 for none."""
+    validate_calls: int = 8
+    """Network calls per validation example."""
+    save_every: int = 1000
+    """Updates between checkpoints."""
+    calls: int | None = 32
+    """Network calls per test example at the end of the run; `None` for the full bound."""
+    samples: int = 100
+    """Samples drawn at the end of the run."""
+    seed: int = 0
+    """Every random number of the run is a function of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise:
+    """The times of the forward process, and how training draws them."""
+
+    schedule: Literal["logsnr", "linear", "cosine", "harmonic"] = "logsnr"
+    """Log-SNR linear in time, DDPM's betas, improved DDPM's cosine, or 1/(T-t+1)."""
+    logsnr_max: float = 13.3
+    """Log-SNR next to the data (schedule logsnr)."""
+    logsnr_min: float = -5.0
+    """Log-SNR next to the prior (schedule logsnr)."""
+    latents: int = 1000
+    """N, latents of the grid: T of a DDPM."""
+    focus: tuple[float, float] | None = None
+    """Centre and width in log-SNR of the times that are drawn more often; the objective stays
+    unbiased."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diffusion(Noise):
+    """Gaussian diffusion, and what the network's output means."""
+
+    predict: Literal["epsilon", "x0", "velocity", "mean", "levels"] = "velocity"
+    """What the network predicts."""
+    variance: Literal["posterior", "transition", "between"] = "posterior"
+    """Variance of the reverse steps: beta tilde, beta, or learned between them."""
+    decoder: Literal["discretized", "mass", "density"] = "discretized"
+    """p(x_0|x_1): normal mass of each bin, free masses (with levels), or a density."""
+    edge: Literal["lose", "ratio", "following"] = "lose"
+    """Variance of the decoder: lose(t_1), 1/snr(t_1), or beta tilde of the first pair."""
+    clip_x0: float | None = None
+    """Clip the predicted data to this size; part of the model."""
+    objective: Literal["vlb", "simple", "mean", "hybrid"] = "vlb"
+    """What is minimised."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BitDiffusion(Noise):
+    """Bernoulli diffusion of bits, and what the network's output means."""
+
+    stationary: float = 0.5
+    """Pi, the rate of ones of pure noise."""
+    predict: Literal["logits", "context", "flip"] = "logits"
+    """The network gives P(x_0=1|x_t), what the other bits say of it, or the next step's flips."""
+    decoder: Literal["bernoulli", "fixed"] = "bernoulli"
+    """p(x_0|x_1): read off the network, or the fixed step of the forward process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetShape:
+    """A U-Net with the tensors of diffusers' UNet2DModel."""
+
+    channels: int = 64
+    """Channels at full resolution."""
+    multipliers: tuple[int, ...] = (1, 2, 2)
+    """Channels at each resolution, as multiples."""
+    layers: int = 2
+    """Residual blocks per resolution."""
+    attention: tuple[int, ...] = (16, 8)
+    """Heights at which attention is used."""
+    head_dim: int | None = None
+    """Channels of an attention head; one head by default."""
+    dropout: float = 0.1
+    """In every residual block."""
+    drop_channels: bool = False
+    """Drop whole channels instead of single values."""
+    waves: int | None = None
+    """With --predict levels: cosines that make up a level's logits; free logits by default."""
+    augment: float = 0.0
+    """Share of examples that are moved a little, and marked as such to the network."""
+    fourier: tuple[int, ...] = (7, 8)
+    """Fourier features of the input, exponents n of 2^n pi; empty for none."""
+    positions: int = 0
+    """Learned position channels appended to the input."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Control, Training):
+    """What every recipe has."""
