@@ -84,7 +84,8 @@ class ImportanceWeighted:
             raise UsageError(f"{draws} trajectories are asked for, and {self.draws} were drawn")
         groups = self.draws // draws
         log_w = self.log_w[:, : groups * draws].unflatten(1, (groups, draws))
-        return math.log(draws) - log_w.logsumexp(2) + self.offset
+        values: Tensor = math.log(draws) - log_w.logsumexp(2) + self.offset
+        return values
 
     def estimate(self, draws: int | None = None) -> Estimate:
         """The mean of L_m over the examples, nats per example.
