@@ -66,11 +66,12 @@ class EntropyForm:
 
 
 def entropy_form(process: Process, x_0: Tensor, times: Tensor, divergences: Tensor) -> EntropyForm:
-    """K from the divergences of the pairs, however they were measured.
+    """K from the divergences of the pairs, however they were measured; the rest in float64.
 
     Arguments:
         x_0: (B, *shape). times: (N,). divergences: (B,) Σ_pairs KL in nats.
     """
+    x_0 = x_0.double()
     first, last = (process.marginal(x_0, t) for t in (times[0], times[-1]))
     prior = process.prior(x_0)
     h_first, h_last, h_prior = (per_example(law.entropy()) for law in (first, last, prior))
@@ -110,6 +111,7 @@ def step_entropies(process: Process, x_0: Tensor, times: Tensor) -> StepEntropie
     Arguments:
         x_0: (B, *shape). times: (N,).
     """
+    x_0 = x_0.double()
     still = torch.stack([per_example(process.marginal(x_0, t).entropy()) for t in times], 1)
     pairs = zip(times[:-1], times[1:], strict=True)
     upper = torch.stack([_transition_entropy(process, x_0, s, t) for s, t in pairs], 1)

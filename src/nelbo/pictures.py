@@ -20,6 +20,8 @@ Array = NDArray[Any]
 Limits = tuple[tuple[float, float], tuple[float, float]]
 GRID = 960
 """Width of a grid in pixels, unless its images are larger."""
+ROWS = 64
+"""Sequences on a sheet."""
 
 
 def pixels(images: Array, levels: int | None) -> Array:
@@ -68,14 +70,17 @@ def sample_grid(images: ArrayLike, levels: int | None) -> Array:
 
 
 def picture(samples: ArrayLike, levels: int | None, limits: Limits | None = None) -> bytes:
-    """Samples as a PNG: a grid of images, a scatter of vectors.
+    """Samples as a PNG: a grid of images, a scatter of vectors, a sheet of sequences.
 
     Arguments:
-        samples: (n, C, H, W) images, as in `pixels`, or (n, D) vectors.
+        samples: (n, C, H, W) images, as in `pixels`, (n, D) vectors, or (n, D) integer levels,
+            of which the first ones are shown, each as a row.
         levels: number of levels, for integer images.
         limits: of a scatter, from `frame`, so that two can be compared.
     """
     array = np.asarray(samples)
+    if array.ndim == 2 and levels is not None:
+        return png_of(sample_grid(array[None, None, :ROWS], levels))
     if array.ndim == 2:
         return _scatter(array, limits or frame(array))
     return png_of(sample_grid(array, levels))
@@ -121,7 +126,8 @@ def strip(forward: Array, reverse: Array, logsnr: ArrayLike, width: float) -> by
 
     Arguments:
         forward, reverse: (k, C, H, W) on the model's scale, or (k, m, D), in walking order.
-        logsnr: of the frames, in either order; infinite, or one missing, means the data itself.
+        logsnr: of the frames, in either order; infinite, or one missing, means the data itself,
+            minus infinity pure noise.
         width: inches.
     Returns:
         PNG.
@@ -156,5 +162,7 @@ def _still(axes: Axes, values: Array, logsnr: float, limits: Limits | None) -> N
         axes.plot(*_plane(values).T, ".", color=BLUE, ms=2, alpha=0.6, mew=0)
         axes.set(xlim=limits[0], ylim=limits[1])
     # Adding 0 turns a rounded -0 into 0.
-    label = f"{round(logsnr, 1) + 0:.1f}".replace("-", "−") if np.isfinite(logsnr) else "data"
+    label = f"{round(logsnr, 1) + 0:.1f}".replace("-", "−")
+    if not np.isfinite(logsnr):
+        label = "data" if logsnr > 0 else "noise"
     axes.set_xlabel(label, fontsize=9, labelpad=3, color=MUTED)

@@ -125,15 +125,23 @@ def _words(options: o.Diffusion, model: Any) -> dict[str, str]:
     """What the bound is a bound of, in words."""
     ends = f"log-SNR {options.logsnr_max:g} to {options.logsnr_min:g}"
     schedule = ends if options.schedule == "logsnr" else options.schedule
+    learned = ", betas learned from there" if options.learn_betas else ""
     parameters = sum(p.numel() for p in cast(Any, model).network.parameters())
     return {
         "process": "Gaussian diffusion",
         "parameterization": options.predict,
         "variance": options.variance,
-        "decoder": options.decoder if options.decoder == "mass"
-        else f"{options.decoder}, variance {options.edge}",
-        "grid": f"{options.latents} latents, {schedule}",
+        "decoder": _decoder_words(options),
+        "grid": f"{options.latents} latents, {schedule}{learned}",
         "clip": "none" if options.clip_x0 is None else f"{options.clip_x0:g}",
         "objective": options.objective,
         "parameters": f"{parameters}",
     }
+
+
+def _decoder_words(options: o.Diffusion) -> str:
+    if options.decoder == "fixed":
+        return "fixed edge step, no parameters"
+    if options.decoder == "mass":
+        return "mass"
+    return f"{options.decoder}, variance {options.edge}"

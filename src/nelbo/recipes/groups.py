@@ -96,10 +96,13 @@ class Diffusion(Noise):
 
     predict: Literal["epsilon", "x0", "velocity", "mean", "levels"] = "velocity"
     """What the network predicts."""
-    variance: Literal["posterior", "transition", "between"] = "posterior"
-    """Variance of the reverse steps: beta tilde, beta, or learned between them."""
-    decoder: Literal["discretized", "mass", "density"] = "discretized"
-    """p(x_0|x_1): normal mass of each bin, free masses (with levels), or a density."""
+    learn_betas: bool = False
+    """Learn all betas of a chain but the first (not of the harmonic one, which erases all)."""
+    variance: Literal["posterior", "transition", "between", "free"] = "posterior"
+    """Variance of the reverse steps: beta tilde, beta, learned between them, or free."""
+    decoder: Literal["discretized", "mass", "density", "fixed"] = "discretized"
+    """p(x_0|x_1): normal mass of each bin, free masses (with levels), a density, or the fixed
+    step of the forward process (densities)."""
     edge: Literal["lose", "ratio", "following"] = "lose"
     """Variance of the decoder: lose(t_1), 1/snr(t_1), or beta tilde of the first pair."""
     clip_x0: float | None = None

@@ -8,7 +8,16 @@ from torch import Tensor, nn
 from nelbo import objectives
 from nelbo.data.base import Dataset
 from nelbo.data.mixture import GaussianMixture
-from nelbo.decoders import Density, Discretized, Edge, Following, LevelMass, Lose, Ratio
+from nelbo.decoders import (
+    Density,
+    Discretized,
+    Edge,
+    EdgeFixed,
+    Following,
+    LevelMass,
+    Lose,
+    Ratio,
+)
 from nelbo.errors import UsageError
 from nelbo.networks.heads import LevelHead, channel_dropout
 from nelbo.networks.layers import Fourier, Marked, Positions, Timed
@@ -18,12 +27,28 @@ from nelbo.parameterizations import X0, Epsilon, GaussianParameterization, Level
 from nelbo.processes.gaussian import Gaussian
 from nelbo.recipes.groups import Diffusion, Noise, UNetShape
 from nelbo.reverse import Decoder, Reverse
-from nelbo.schedules import Cosine, Harmonic, Linear, LogSNRLinear, Schedule, Stepped
-from nelbo.variances import Between, Posterior, Transition, Variance
+from nelbo.schedules import Cosine, Harmonic, Learned, Linear, LogSNRLinear, Schedule, Stepped
+from nelbo.variances import Between, Free, Posterior, Transition, Variance
 
 
 def schedule_of(options: Noise) -> Schedule:
-    """The schedule that the options name."""
+    """The schedule that the options name.
+
+    Raises:
+        UsageError: betas that cannot be learned.
+    """
+    schedule = _named(options)
+    if not getattr(options, "learn_betas", False):
+        return schedule
+    if not isinstance(schedule, Stepped) or options.schedule == "harmonic" or schedule.steps < 2:
+        raise UsageError(
+            "--learn-betas needs a chain of two steps or more whose last beta is below 1: take "
+            "--schedule linear or cosine"
+        )
+    return Learned(schedule)
+
+
+def _named(options: Noise) -> Schedule:
     stepped: dict[str, type[Linear] | type[Cosine] | type[Harmonic]] = {
         "linear": Linear,
         "cosine": Cosine,
@@ -40,6 +65,7 @@ def variance_of(options: Diffusion) -> Variance:
         "posterior": Posterior,
         "transition": Transition,
         "between": Between,
+        "free": Free,
     }
     return kinds[options.variance]()
 
@@ -76,12 +102,14 @@ def edge_of(options: Diffusion, times: Tensor) -> Edge:
 
 def decoder_of(options: Diffusion, times: Tensor, levels: int | None) -> Decoder:
     """p(x_0|x_1) on the data's own space."""
-    if (levels is None) != (options.decoder == "density"):
+    if (levels is None) != (options.decoder in ("density", "fixed")):
         kind = "real vectors" if levels is None else f"data with {levels} levels"
         fit = "density" if levels is None else "discretized"
         raise UsageError(f"--decoder {options.decoder} does not fit {kind}: take {fit}")
     if options.decoder == "mass" and options.predict != "levels":
         raise UsageError("--decoder mass reads the masses of --predict levels: take discretized")
+    if options.decoder == "fixed":
+        return EdgeFixed()
     edge = edge_of(options, times)
     if levels is None:
         return Density(edge)
@@ -104,7 +132,7 @@ def focus_of(options: Noise, times: Tensor) -> Tensor | None:
     if options.focus is None:
         return None
     centre, width = options.focus
-    logsnr = schedule_of(options).logsnr(times)
+    logsnr = _named(options).logsnr(times)
     bump = torch.exp(-0.5 * ((logsnr - centre) / width) ** 2)
     return 0.8 * bump / bump.sum() + 0.2 / len(times)
 
@@ -218,7 +246,8 @@ def exact_model(options: Diffusion, mixture: GaussianMixture, times: Tensor) -> 
     """The reverse process with the exact denoiser, same grid, variance and decoder."""
     schedule = schedule_of(options)
     network = ExactDenoiser(mixture, schedule)
-    parameterization = X0(Posterior() if options.variance == "between" else variance_of(options))
+    variance = variance_of(options)
+    parameterization = X0(Posterior() if variance.learned else variance)
     return Reverse(
         Gaussian(schedule), network, parameterization, decoder_of(options, times, None)
     )

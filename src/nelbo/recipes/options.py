@@ -28,7 +28,7 @@ class Digits(Options, Diffusion, UNetShape):
     """Images held out of the training part to watch the bound."""
     steps: int = 1500
     predict: Literal["epsilon", "x0", "velocity", "mean", "levels"] = "levels"
-    decoder: Literal["discretized", "mass", "density"] = "mass"
+    decoder: Literal["discretized", "mass", "density", "fixed"] = "mass"
     logsnr_max: float = 8.0
     logsnr_min: float = -6.0
     channels: int = 32
@@ -62,7 +62,7 @@ class SwissRoll(Options, Diffusion):
     steps: int = 8000
     batch: int = 512
     predict: Literal["epsilon", "x0", "velocity", "mean", "levels"] = "velocity"
-    decoder: Literal["discretized", "mass", "density"] = "density"
+    decoder: Literal["discretized", "mass", "density", "fixed"] = "density"
     logsnr_max: float = 8.0
     logsnr_min: float = -6.0
     rate: float = 2e-3
@@ -119,7 +119,7 @@ class Vectors(Options, Diffusion):
     depth: int = 4
     """Residual blocks."""
     batch: int = 512
-    decoder: Literal["discretized", "mass", "density"] = "density"
+    decoder: Literal["discretized", "mass", "density", "fixed"] = "density"
     logsnr_max: float = 10.0
     logsnr_min: float = -6.0
     samples: int = 1000

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nelbo import console
@@ -35,6 +36,7 @@ def form_of(recipe: Recipe, rows: Tensor, result: Evaluation) -> EntropyForm:
     return entropy_form(process, x_0, recipe.times, result.values()["diffusion"])
 
 
+@torch.no_grad()
 def entry(recipe: Recipe, rows: Tensor, result: Evaluation) -> dict[str, Any]:
     """The JSON object of the comparison, all in bits per example; empty where K has no meaning."""
     if not wanted(recipe):
@@ -54,6 +56,7 @@ def entry(recipe: Recipe, rows: Tensor, result: Evaluation) -> dict[str, Any]:
     return {"comparison": {**values, "references": known}}
 
 
+@torch.no_grad()
 def arrays(recipe: Recipe, rows: Tensor) -> dict[str, Tensor]:
     """Bounds on the entropy of every reverse step, (N−1,) nats per example, means over some."""
     if not wanted(recipe):
@@ -77,7 +80,7 @@ def lines(value: dict[str, Any]) -> str:
     found = value["comparison"]
     rows = [[label, *_number(found[name])] for name, label in NAMES.items() if name in found]
     rows += [[name, f"{bits:.4f}", ""] for name, bits in found["references"].items()]
-    return console.table(rows, ["comparison", "bits/example", "± se"])
+    return console.table(rows, ["comparison (model scale)", "bits/example", "± se"])
 
 
 def _number(entry: dict[str, Any]) -> list[str]:

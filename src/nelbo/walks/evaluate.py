@@ -136,6 +136,8 @@ def truth(recipe: Recipe, request: Request) -> dict[str, Any]:
     if known is None or recipe.exact is None:
         return {}
     dims = recipe.dataset.dims
+    # betas that were learned are the exact model's too
+    recipe.exact.process.load_state_dict(recipe.model.process.state_dict())
     exact = measure(recipe, recipe.exact, request, "exact denoiser")
     entropy = Estimate(known.entropy, 0.0, 0.0, exact.estimates()["total"].n)
     return {"truth": {"entropy": entry(entropy, dims), "exact_denoiser": _terms(exact, dims)}}

@@ -15,6 +15,7 @@ from nelbo.commands import Sample
 from nelbo.data.base import Dataset
 from nelbo.errors import UsageError
 from nelbo.pictures import save_grid
+from nelbo.processes.gaussian import Gaussian
 from nelbo.randomness import seeded
 from nelbo.recipes.recipe import Recipe
 from nelbo.reverse import Reverse
@@ -100,6 +101,7 @@ def forward_strip(recipe: Recipe, times: Tensor, count: int, seed: int) -> Tenso
     return torch.stack(states)
 
 
+@torch.no_grad()
 def write(
     stored: Stored,
     folder: Path,
@@ -111,7 +113,7 @@ def write(
     """Write samples.npz with real data beside it, strip.npz and two pictures into a folder."""
     dataset = stored.recipe.dataset
     folder.mkdir(parents=True, exist_ok=True)
-    real, samples = (_rows(dataset, y) for y in (dataset.test[: len(samples)], samples))
+    real = dataset.test[: len(samples)]
     process = stored.recipe.model.cpu().process
     marks = sorted(len(times) - 1 - k for k in _marks(len(times)))
     count = 512 if dataset.levels is None else 8
@@ -126,12 +128,6 @@ def write(
     save_grid(folder / "samples.png", samples[:100].numpy(), dataset.levels)
     save_grid(folder / "real.png", real[:100].numpy(), dataset.levels)
     return {"picture": str(folder / "samples.png"), "array": str(folder / "samples.npz")}
-
-
-def _rows(dataset: Dataset, y: Tensor) -> Tensor:
-    """Sequences of levels (n, D) as pictures of one row (n, 1, 1, D); all else as it is."""
-    sequences = dataset.levels is not None and len(dataset.shape()) == 1
-    return y[:, None, None] if sequences else y
 
 
 def _stills(dataset: Dataset, walk: Tensor) -> Tensor:
@@ -155,8 +151,13 @@ def run(options: Sample) -> None:
     recipe = stored.recipe
     times = grid_of(recipe, options.steps)
     sampler = sampler_of(options.sampler, options.eta)
+    if isinstance(sampler, DDIM) and not isinstance(recipe.model.process, Gaussian):
+        raise UsageError(
+            "--sampler ddim moves along the noise of Gaussian diffusion, which this run has not: "
+            "take --sampler ancestral"
+        )
     samples, strip = draw(
-        recipe, recipe.model, options.n, sampler, times, options.seed, device, options.quiet
+        recipe, recipe.model, options.n or 64, sampler, times, options.seed, device, options.quiet
     )
     name = f"{options.sampler}-step{stored.step:08d}-grid{len(times)}-seed{options.seed}"
     folder = options.out or stored.directory.samples / name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from contextlib import AbstractContextManager, suppress
 from typing import Any
@@ -138,16 +139,17 @@ def _autocast(device: str) -> Any:
 
 def finish(session: Session, device: str, as_json: bool) -> None:
     """Measure, sample, report, print."""
-    stored_run = Stored(session.directory, session.recipe, session.trainer.step, {})
-    options = session.recipe.options
+    recipe = dataclasses.replace(session.recipe, model=session.model)
+    stored_run = Stored(session.directory, recipe, session.trainer.step, {})
+    options = recipe.options
     request = evaluating.Request("test", options.calls, options.seed, quiet=session.quiet)
-    result = evaluating.measure(session.recipe, session.model, request)
-    extra = evaluating.truth(session.recipe, request)
+    result = evaluating.measure(recipe, recipe.model, request)
+    extra = evaluating.truth(recipe, request)
     value = evaluating.write(stored_run, request, result, extra)
-    times = session.recipe.times
+    times = recipe.times
     samples, strip = sampling.draw(
-        session.recipe,
-        session.model,
+        recipe,
+        recipe.model.to(device),
         options.samples,
         Ancestral(),
         times,
