@@ -326,9 +326,7 @@ def refusals() -> dict[str, Callable[[], object]]:
     flips = Reverse(process, Zeros(), Flip(times), BernoulliDecoder())
     logits = Reverse(process, Zeros(), Logits(), BernoulliDecoder())
     gaussian = Reverse(Gaussian(schedule), Zeros(), Logits(), BernoulliDecoder())
-    learned = Reverse(
-        Bernoulli(Learned(schedule), 0.5), Zeros(), Logits(), BernoulliDecoder()
-    )
+    learned = Reverse(Bernoulli(Learned(schedule), 0.5), Zeros(), Logits(), BernoulliDecoder())
     return {
         "inside \\(0, 1\\)": lambda: Bernoulli(schedule, 1.0),
         "Logits, which serves": lambda: flips.kernel(x, times[2], times[0]),
@@ -474,4 +472,3 @@ def test_planted_bug_is_found(
     plant(monkeypatch)
     with pytest.raises(AssertionError):
         check()
-

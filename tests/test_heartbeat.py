@@ -127,7 +127,6 @@ def test_a_run_ends_with_the_comparison(tmp_path: Path, predict: str, decoder: s
     with np.load(out / "samples" / "samples.npz") as arrays:
         assert arrays["samples"].shape == (8, 8) and arrays["samples"].max() <= 1
 
-
     code, _, err = silent(["sample", str(out), "--sampler", "ddim", "--quiet"])
     assert code == 2 and "ancestral" in err
     few = ["evaluate", str(out), "--calls", "4", "--limit", "64", "--quiet"]

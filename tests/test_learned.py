@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from oracles import GaussianData, exact_model, expected_bound, gaussian_points
+from tiny import silent
 from torch import Tensor, nn
 
 from nelbo.bound import bound, draw, term_of
@@ -19,6 +22,7 @@ from nelbo.reverse import Reverse
 from nelbo.schedules import Harmonic, Learned, Linear, Tabulated
 from nelbo.trainer import Player, Rate, Trainer
 from nelbo.variances import Free, Posterior
+from nelbo.walks.stored import open_run
 
 BETAS = [0.02, 0.1, 0.2, 0.4, 0.6]
 MEAN, VARIANCE = 0.5, 0.6
@@ -163,7 +167,9 @@ def test_training_betas_lowers_the_exact_bound() -> None:
     before = expected_loss(schedule)
     objective = Vlb(times)
     player = Player(
-        "model", model, torch.optim.AdamW(model.parameters(), lr=0.03, weight_decay=0.0),
+        "model",
+        model,
+        torch.optim.AdamW(model.parameters(), lr=0.03, weight_decay=0.0),
         lambda x: objective(model, x),
     )
 
@@ -230,7 +236,7 @@ def test_the_best_free_variance_is_the_exact_one() -> None:
         model = Reverse(process, TwoHeaded(process, v), X0(Free()), EdgeFixed())
         points = gaussian_points(known)
         value = expected_bound(model, points, times).diffusion.flatten()[i - 1]
-        assert float(value) == pytest.approx(2 * best / 2, rel=1e-9)
+        assert value.item() == pytest.approx(2 * best / 2, rel=1e-9)
         (gradient,) = torch.autograd.grad(value, v)
         assert float(gradient.abs().max()) < 1e-9
 
@@ -274,3 +280,52 @@ def test_fixed_edge_and_exact_kernels_reach_the_theory() -> None:
     entropy = math.log(2 * math.pi * math.e * lose)
     ce = [math.log(2 * math.pi) + s for s in (second, keep * second + lose)]
     assert float(found.reconstruction) == pytest.approx(entropy + ce[0] - ce[1], abs=1e-10)
+
+
+# --- as options ----------------------------------------------------------------------------------
+
+ROLL = [
+    *("train", "swissroll", "--steps", "8", "--examples", "200", "--batch", "16", "--width", "16"),
+    *("--latents", "12", "--calls", "4", "--validate-every", "0", "--save-every", "8"),
+    *("--samples", "16", "--threads", "1", "--quiet"),
+]
+
+
+def test_a_run_with_the_papers_kernel(tmp_path: Path) -> None:
+    """Learned betas, free variance and fixed edge: K beside the bound, and the run opens again."""
+    out = tmp_path / "run"
+    paper = ["--schedule", "linear", "--learn-betas", "--variance", "free", "--decoder", "fixed"]
+    code, text, err = silent([*ROLL, *paper, "--out", str(out)])
+    assert code == 0, err
+    assert "K (entropy form)" in text and "fixed edge step" in text and "betas learned" in text
+    opened = open_run(out)
+    schedule = opened.recipe.model.process.schedule
+    assert isinstance(schedule, Learned)
+    start = Linear(12).betas()
+    assert not torch.equal(schedule.betas()[1:].detach(), start[1:])
+    file = next((out / "evaluation").glob("test-*.json"))
+    found = json.loads(file.read_text())["comparison"]
+    gap = found["K"]["mean"] - found["K_plus_bound"]["mean"] - found["minus_bound"]["mean"]
+    # −L = K − [K + L]: the two share all draws but those of the decoder term
+    assert abs(gap) < 6 * found["minus_bound"]["se"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--learn-betas"], "--schedule linear or cosine"),
+        (["--learn-betas", "--schedule", "harmonic"], "--schedule linear or cosine"),
+    ],
+)
+def test_betas_that_cannot_be_learned_are_refused(
+    arguments: list[str], message: str, tmp_path: Path
+) -> None:
+    code, _, err = silent([*ROLL, *arguments, "--out", str(tmp_path / "run")])
+    assert code == 2 and message in err
+
+
+def test_a_fixed_edge_is_no_mass_of_levels(tmp_path: Path) -> None:
+    code, _, err = silent(
+        ["train", "digits", "--decoder", "fixed", "--out", str(tmp_path / "run")]
+    )
+    assert code == 2 and "does not fit data with 17 levels" in err

@@ -248,6 +248,4 @@ def exact_model(options: Diffusion, mixture: GaussianMixture, times: Tensor) -> 
     network = ExactDenoiser(mixture, schedule)
     variance = variance_of(options)
     parameterization = X0(Posterior() if variance.learned else variance)
-    return Reverse(
-        Gaussian(schedule), network, parameterization, decoder_of(options, times, None)
-    )
+    return Reverse(Gaussian(schedule), network, parameterization, decoder_of(options, times, None))
