@@ -98,6 +98,12 @@ def test_normal_products_against_quadrature(name: str) -> None:
 
 def test_the_data_itself_is_a_product_or_a_delta() -> None:
     p = kernel()
+    each = Noisy(Y, torch.tensor([0.5, 0.2, 1.0])).multiply(p, None)[1]
+    parts = [
+        Noisy(Y, v, MASK.new_tensor([d == i for d in range(3)])).multiply(p, None)[1]
+        for i, v in enumerate((0.5, 0.2, 1.0))
+    ]
+    torch.testing.assert_close(each, torch.stack(parts).sum(0))
     noisy, log_z = Noisy(Y, 0.5).multiply(p, None)
     r = torch.distributions.Normal(Y, 0.5)
     each = integrate(p, lambda x: r.log_prob(x))
@@ -128,6 +134,18 @@ def test_widening_is_the_law_of_the_measurement_given_the_latent() -> None:
         )
         expected = (joint - alone).sum(1)
         torch.testing.assert_close(factor.log_r(x, t), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_the_grain_of_levels_widens_latents_and_not_the_data() -> None:
+    """The rounding of a level to its bin counts as noise of variance Δ²/12 in latents alone."""
+    grain = 0.5
+    like = Noisy(Y, grain / math.sqrt(12), MASK, MOMENTS).bind(Gaussian(Q))
+    fine = Observed(Y, MASK, MOMENTS, grain).bind(Gaussian(Q))
+    x = torch.randn(4, 3, dtype=torch.float64)
+    for t in TIMES:
+        torch.testing.assert_close(fine.log_r(x, t), like.log_r(x, t))
+        assert torch.equal(fine.multiply(kernel(), t)[0].mean, like.multiply(kernel(), t)[0].mean)
+    assert bool((fine.multiply(kernel(), None)[0].mean[:, MASK] == Y[:, MASK]).all())
 
 
 def test_flat_widening_is_the_forward_process_of_what_was_observed() -> None:
@@ -419,8 +437,13 @@ def test_observed_pixels_are_exact_and_the_others_are_levels(kind: str) -> None:
     assert bool((found.x_0[:, :, mask] == y[:, None][:, :, mask]).all())
     assert bool(torch.isin(found.x_0, values).all())
     assert isinstance(found.decoder, LevelCategorical)
-    free = found.decoder.logits.unflatten(0, (3, 8))[:, :, ~mask]
-    assert bool(free.isfinite().all())
+    mass = found.predictive()
+    assert mass.shape == (17, 3, 1, 4, 4)
+    torch.testing.assert_close(mass.sum(0), torch.ones_like(mass[0]))
+    assert bool((mass[:, :, mask].max(0).values > 1 - 1e-6).all())
+    table = found.decoder.logits.exp().double().unflatten(0, (3, 8))
+    expected = (found.weights[..., None, None, None, None] * table).sum(1)
+    torch.testing.assert_close(mass.movedim(0, -1), expected)
     chosen = found.choose(2, seed=3)
     assert chosen.shape == (3, 2, 1, 4, 4) and bool(
         (chosen[:, :, mask] == y[:, None][:, :, mask]).all()

@@ -95,12 +95,13 @@ def evaluate(arguments: list[str]) -> int:
 
 
 def sample(arguments: list[str]) -> int:
-    """Draw samples from a run's model."""
+    """Draw samples from a run's model, freely or under a condition."""
     options = _parse("Sample", arguments)
+    from nelbo.walks import conditional
     from nelbo.walks import sample as walk
 
     _threads(options.threads)
-    walk.run(options)
+    (conditional if conditional.asked(options) else walk).run(options)
     return 0
 
 

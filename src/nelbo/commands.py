@@ -56,8 +56,18 @@ class Sample:
 
     run: tyro.conf.Positional[Path]
     """Run directory."""
-    n: int = 64
-    """How many."""
+    n: int | None = None
+    """How many; 64, or 8 under a condition."""
+    observe: Path | None = None
+    """Picture (with --mask) or .npy (NaN: unknown) to fill in, of the model's size."""
+    mask: Path | None = None
+    """Picture or .npy: white (1) where --observe is known, black (0) where to fill in."""
+    denoise: Path | None = None
+    """Picture or .npy to take noise off, of the model's size."""
+    noise: float | None = None
+    """Standard deviation of the noise of --denoise, in its own units (picture: of 255)."""
+    particles: int = 32
+    """Weighted particles behind each draw under a condition; more are nearer to the truth."""
     sampler: Literal["ancestral", "ddim"] = "ancestral"
     """ancestral: the model that the bound speaks of. ddim: another one."""
     eta: float = 0.0

@@ -30,6 +30,7 @@ from nelbo.distributions import per_example
 from nelbo.errors import NumericalFailure, UsageError
 from nelbo.factors import Factor as Factor
 from nelbo.factors import Measured as Measured
+from nelbo.factors import Moments as Moments
 from nelbo.factors import Noisy as Noisy
 from nelbo.factors import Observed as Observed
 from nelbo.factors import Tilt as Tilt

@@ -87,9 +87,11 @@ class Measured(Factor):
 
     Arguments:
         y: (B, *shape) on the model's scale, B = 1 for one condition.
-        scale: τ ≥ 0 on the model's scale.
+        scale: τ ≥ 0 on the model's scale, one number or one per dimension.
         mask: what was measured, bool, (*shape) or (B, *shape); all by default.
         moments: (mean, variance) of the data, each broadcastable to (*shape); for bits the mean.
+        grain: distance Δ of neighbouring levels, if the data have some: near the data all x within
+            a level's bin are equally good, so latents are widened by its variance Δ²/12 more.
     Raises:
         ValueError: shapes that do not fit, a negative scale, a variance that is not positive.
     """
@@ -97,11 +99,13 @@ class Measured(Factor):
     def __init__(
         self,
         y: Tensor,
-        scale: float,
+        scale: float | Tensor,
         mask: Tensor | None = None,
         moments: Moments | None = None,
+        grain: float = 0.0,
     ) -> None:
-        if not (math.isfinite(scale) and scale >= 0):
+        self.scale = torch.as_tensor(scale, dtype=torch.float64)
+        if not bool((self.scale.isfinite() & (self.scale >= 0)).all()):
             raise ValueError(f"scale {scale}: the noise has a standard deviation of at least 0")
         known = torch.ones_like(y, dtype=torch.bool) if mask is None else mask
         if known.dtype != torch.bool or known.shape not in (y.shape, y.shape[1:]):
@@ -113,8 +117,8 @@ class Measured(Factor):
             raise ValueError("the variances in `moments` must be positive")
         self.mask = known.expand(y.shape)
         self.y = torch.where(self.mask, y, torch.zeros_like(y)).double()
-        self.scale = scale
         self.moments = moments
+        self.grain = grain
         self.shape, self.batch = tuple(y.shape[1:]), len(y)
 
     def bind(self, process: Process, repeats: int = 1) -> Measured:
@@ -140,14 +144,15 @@ class Measured(Factor):
         """r(·, s) as a normal function of x, on the device of `like`."""
         y, one = self.y.to(like.device), torch.ones((), dtype=torch.float64, device=like.device)
         if s is None:
-            return Line(y, 0 * one, one, one * self.scale**2)
+            return Line(y, 0 * one, one, self.scale.to(like.device) ** 2)
         schedule = self._process().schedule
         keep, lose = (v.to(like.device) for v in (schedule.keep(s), schedule.lose(s)))
+        reach = self.scale.to(like.device) ** 2 + self.grain**2 / 12
         if self.moments is None:
-            return Line(keep.sqrt() * y, 0 * one, one, keep * self.scale**2 + lose)
+            return Line(keep.sqrt() * y, 0 * one, one, keep * reach + lose)
         m, v = (value.to(like.device, torch.float64) for value in self.moments)
         total = lose + keep * v
-        noise = lose * v / total + self.scale**2
+        noise = lose * v / total + reach
         return Line(y, m * lose / total, keep.sqrt() * v / total, noise)
 
     def each(self, values: Tensor, s: Tensor | None) -> Tensor:
@@ -166,8 +171,8 @@ class Measured(Factor):
         total = variance + line.slope**2 * logvar.exp()
         miss = line.target - seen
         moved = mean + line.slope * logvar.exp() / total * miss
-        if self.scale == 0:
-            moved = torch.where(line.variance == 0, line.target, moved)
+        # a delta, without the rounding of mean + (y - mean)
+        moved = torch.where(variance == 0, line.target, moved)
         mask = self.mask.to(mean.device)
         narrowed = logvar + variance.log() - total.log()
         product = DiagonalNormal(
@@ -187,9 +192,10 @@ class Measured(Factor):
 
     def _at_data(self, values: Tensor) -> Tensor:
         y = self.y.to(values.device)
-        if self.scale > 0:
-            z = (values.double() - y) / self.scale
-            return -0.5 * z**2 - math.log(self.scale * math.sqrt(2 * math.pi))
+        scale = self.scale.to(values.device)
+        if bool((scale > 0).all()):
+            z = (values.double() - y) / scale
+            return -0.5 * z**2 - scale.log() - 0.5 * math.log(2 * math.pi)
         # levels are at least 2/65535 apart, and the data's own are rounded by 6e-8
         here = (values.double() - y).abs() < 1e-6
         return torch.where(here, 0.0, -math.inf).to(values.device, torch.float64)
@@ -220,11 +226,13 @@ class Observed(Measured):
     Arguments:
         x: (B, *shape) on the model's scale; entries outside the mask are not looked at.
         mask: what is known, bool, (*shape) or (B, *shape).
-        moments: see `Measured`.
+        moments, grain: see `Measured`.
     """
 
-    def __init__(self, x: Tensor, mask: Tensor, moments: Moments | None = None) -> None:
-        super().__init__(x, 0.0, mask, moments)
+    def __init__(
+        self, x: Tensor, mask: Tensor, moments: Moments | None = None, grain: float = 0.0
+    ) -> None:
+        super().__init__(x, 0.0, mask, moments, grain)
 
 
 class Noisy(Measured):
@@ -232,20 +240,21 @@ class Noisy(Measured):
 
     Arguments:
         y: (B, *shape) what was seen, on the model's scale.
-        scale: τ > 0, standard deviation of its noise on that scale.
-        mask, moments: see `Measured`.
+        scale: τ > 0, standard deviation of its noise on that scale, one or one per dimension.
+        mask, moments, grain: see `Measured`.
     """
 
     def __init__(
         self,
         y: Tensor,
-        scale: float,
+        scale: float | Tensor,
         mask: Tensor | None = None,
         moments: Moments | None = None,
+        grain: float = 0.0,
     ) -> None:
-        if scale == 0:
+        if bool((torch.as_tensor(scale) == 0).any()):
             raise ValueError("scale 0: without noise the dimensions are known; take Observed")
-        super().__init__(y, scale, mask, moments)
+        super().__init__(y, scale, mask, moments, grain)
 
 
 class Tilt(Factor):

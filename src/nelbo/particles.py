@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from nelbo.products import masses
 from nelbo.randomness import seeded
 
 
@@ -72,6 +73,16 @@ class Particles:
         if populations == 1:
             return mean, torch.full_like(mean, math.nan)
         return mean, (miss.square().sum(0) * populations / (populations - 1)).sqrt()
+
+    def predictive(self) -> Tensor:
+        """Probabilities of the values of every dimension, (n, R, *shape), n levels or 2 bits.
+
+        The decoder's masses, averaged over the weighted particles of each population. After much
+        resampling particles of one population have common ancestors, and their average is too
+        sure of itself; that of many populations is not.
+        """
+        mass = masses(self.decoder)[1].exp().unflatten(1, self.log_weights.shape)
+        return self.average(mass.movedim(0, 2)).movedim(1, 0)
 
     def choose(self, count: int, seed: int = 0) -> Tensor:
         """(R, count, *shape) draws by weight; those of one population may repeat a particle."""
