@@ -25,6 +25,8 @@ from nelbo.estimate import Estimate
 from nelbo.parameterizations import X0
 from nelbo.processes.base import along
 from nelbo.processes.gaussian import Gaussian
+from nelbo.recipes.build import build
+from nelbo.recipes.options import Heartbeat
 from nelbo.reverse import Reverse
 from nelbo.schedules import LogSNRLinear
 from nelbo.walks.conditional import joined
@@ -296,6 +298,23 @@ def test_moments_are_those_of_the_training_data() -> None:
     torch.testing.assert_close(mean, x.mean(0))
     assert float(variance.min()) == pytest.approx((2 / 16) ** 2 / 12)
     assert float((variance - x.var(0)).abs().max()) < 1e-2
+
+
+def test_bits_are_conditions_too(tmp_path: Path) -> None:
+    """Three known bits of a heartbeat come back as they are, from an untrained model."""
+    recipe = build(Heartbeat(latents=10))
+    y = np.full(20, np.nan)
+    y[[2, 7, 3]] = [1, 1, 0]
+    np.save(tmp_path / "y.npy", y)
+    found = condition_of(Sample(run=tmp_path, observe=tmp_path / "y.npy"), recipe.dataset)
+    rate, _ = moments_of(recipe.dataset)
+    assert bool(((rate > 0) & (rate < 1)).all()) and grain_of(recipe.dataset) == 0
+    assert found.offset == 0 and found.given[[2, 7, 3]].tolist() == [1.0, 1.0, 0.0]
+    particles = posterior_samples(recipe.model, found.factor, recipe.times, 16, populations=3)
+    known = particles.x_0[..., found.mask]
+    assert bool((known == found.given[found.mask]).all())
+    assert set(particles.x_0.unique().tolist()) == {0.0, 1.0}
+    assert bool((particles.log_evidence < 0).all())
 
 
 def test_conditions_are_read_on_the_models_scale(files: Path) -> None:
