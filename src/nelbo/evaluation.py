@@ -217,9 +217,12 @@ def roughness(pairs: Tensor) -> Tensor:
 
 def _integrand(drawer: Drawer, pairs: Tensor, most: int = 200) -> Integrand | None:
     """Neighbouring pairs averaged to at most `most` points (their noise is independent)."""
+    logsnr = drawer.model.process.schedule.logsnr(drawer.times).cpu()
+    # a chain may end at a log-SNR of −∞: its last pair has no place on the axis
+    logsnr = logsnr[torch.isfinite(logsnr)]
+    pairs = pairs[:, : len(logsnr) - 1]
     if pairs.shape[1] == 0:
         return None
-    logsnr = drawer.model.process.schedule.logsnr(drawer.times).cpu()
     density = pairs / (logsnr[:-1] - logsnr[1:])
     centre = 0.5 * (logsnr[:-1] + logsnr[1:])
     size = math.ceil(len(centre) / most)

@@ -49,6 +49,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "validation": NUMBER,
     "examples": COUNT,
     "width": COUNT,
+    "members": COUNT,
     "depth": COUNT,
     "size": COUNT,
     "limit": COUNT,
