@@ -221,7 +221,11 @@ def _pickling(tree: ast.AST) -> Iterator[tuple[int, str]]:
             yield node.lineno, "imports a pickler"  # type: ignore[attr-defined]
         if isinstance(node, ast.Attribute) and ast.unparse(node) in {"torch.load", "torch.save"}:
             yield node.lineno, ast.unparse(node)
-        if isinstance(node, ast.keyword) and node.arg == "allow_pickle" and not _is_false(node.value):
+        if (
+            isinstance(node, ast.keyword)
+            and node.arg == "allow_pickle"
+            and not _is_false(node.value)
+        ):
             yield node.value.lineno, "allows pickle"
 
 

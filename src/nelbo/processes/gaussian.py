@@ -50,9 +50,7 @@ class Gaussian(Process):
         log_beta = log_lose_t + log_c
         # each form of log α is exact where the other one cancels
         small = log_beta < -0.7
-        log_alpha = torch.where(
-            small, torch.log1p(-log_beta.exp()), q.log_keep(t) - q.log_keep(s)
-        )
+        log_alpha = torch.where(small, torch.log1p(-log_beta.exp()), q.log_keep(t) - q.log_keep(s))
         return Pair(
             c=log_c.exp(),
             log_alpha=log_alpha,

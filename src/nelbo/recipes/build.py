@@ -127,7 +127,8 @@ def _words(options: o.Diffusion, model: Any) -> dict[str, str]:
         "process": "Gaussian diffusion",
         "parameterization": options.predict,
         "variance": options.variance,
-        "decoder": options.decoder if options.decoder == "mass"
+        "decoder": options.decoder
+        if options.decoder == "mass"
         else f"{options.decoder}, variance {options.edge}",
         "grid": f"{options.latents} latents, {schedule}",
         "clip": "none" if options.clip_x0 is None else f"{options.clip_x0:g}",

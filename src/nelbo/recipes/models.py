@@ -221,6 +221,4 @@ def exact_model(options: Diffusion, mixture: GaussianMixture, times: Tensor) -> 
     schedule = schedule_of(options)
     network = ExactDenoiser(mixture, schedule)
     parameterization = X0(Posterior() if options.variance == "between" else variance_of(options))
-    return Reverse(
-        Gaussian(schedule), network, parameterization, decoder_of(options, times, None)
-    )
+    return Reverse(Gaussian(schedule), network, parameterization, decoder_of(options, times, None))

@@ -196,9 +196,7 @@ def _row(term: dict[str, Any]) -> list[str]:
     ]
 
 
-def run(
-    path: Path, which: str, request: Request, device: str, as_json: bool
-) -> dict[str, Any]:
+def run(path: Path, which: str, request: Request, device: str, as_json: bool) -> dict[str, Any]:
     """`nelbo evaluate`: open, measure, write, print."""
     stored = open_run(path, which, device_of(device))
     result = measure(stored.recipe, stored.recipe.model, request)
