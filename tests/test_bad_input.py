@@ -25,6 +25,8 @@ from tiny import TINY, command, silent
 from nelbo import checkpoint
 from nelbo.checkpoint import load, step_path, steps
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 SMALL = [*TINY, "--multipliers", "1", "--quiet"]
 
 
@@ -218,7 +220,7 @@ def test_data_that_changed(tmp_path: Path) -> None:
         assert code == 3 and "d.npy: the data changed" in err and "put the old data back" in err
 
 
-# --- runs that are none ----------------------------------------------------------------------------
+# --- runs that are none --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["evaluate", "sample", "report"])
@@ -245,7 +247,7 @@ def test_a_damaged_recipe(old: str, new: str, words: str, run_copy: Path) -> Non
     assert code == 3 and "recipe.json" in err and words in err
 
 
-# --- checkpoints -----------------------------------------------------------------------------------
+# --- checkpoints ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -343,8 +345,9 @@ DAMAGES = [
 ]
 
 
-def test_every_damage(two: Path, tmp_path: Path) -> None:
-    """Named by evaluate --checkpoint; resume falls back, says so, and finishes the run."""
+def test_every_damage(two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named by evaluate --checkpoint; resume falls back, says so, and trains to the end."""
+    monkeypatch.setattr("nelbo.walks.train.finish", lambda *_: None)  # measured elsewhere
     for damage in DAMAGES:
         run = tmp_path / damage.__name__
         shutil.copytree(two, run)
@@ -378,7 +381,7 @@ def test_no_valid_checkpoint(run_copy: Path) -> None:
     assert sorted(p.name for p in (run_copy / "checkpoints").iterdir()) == before
 
 
-# --- a full disk -----------------------------------------------------------------------------------
+# --- a full disk ---------------------------------------------------------------------------------
 
 
 def finishes(run: Path, *more: str) -> None:
@@ -417,7 +420,7 @@ def test_a_disk_that_fills_while_saving(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1.5 MB: one checkpoint of 0.9 MB fits, two do not."""
+    """A file system of 1.5 MB: the first checkpoint fits, a second one does not."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "none", str(disk)]

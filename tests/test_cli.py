@@ -130,6 +130,8 @@ def test_help_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         ("train digits --multipliers", "--multipliers"),
         ("train digits --multipliers 1 0", "--multipliers 0"),
         ("train digits --threads 0", "--threads 0"),
+        ("train digits --focus 4 0", "--focus 4 0"),
+        ("train digits --augment 2", "--augment 2"),
         ("train digits --multipliers 1 2 2 2 2", "multiples of 16"),
         ("train digits --decoder density", "does not fit"),
         ("train swissroll --decoder discretized", "does not fit"),
@@ -171,6 +173,7 @@ def test_a_device_that_is_not_there(finished_run: Path) -> None:
     assert code == 2 and "--device cpu" in err
 
 
+@pytest.mark.usefixtures("no_report")
 def test_the_two_commands_of_an_existing_run_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,6 +272,7 @@ def test_a_closed_pipe_ends_quietly(arguments: list[str]) -> None:
     running.stderr.close()
 
 
+@pytest.mark.usefixtures("no_report")
 def test_training_speaks_on_stderr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nelbo.console.PLAIN_SECONDS", 0.0)
     code, out, err = silent(command(tmp_path / "run", "--json"))
@@ -278,6 +282,7 @@ def test_training_speaks_on_stderr(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "\x1b" not in err and "\r" not in err
 
 
+@pytest.mark.usefixtures("no_report")
 def test_quiet(tmp_path: Path) -> None:
     """And --resume of a run that is not there starts it."""
     code, out, err = silent(command(tmp_path / "run", "--quiet", "--steps", "1", "--resume"))
@@ -372,6 +377,7 @@ def test_what_is_measured_are_the_averaged_weights(run_copy: Path) -> None:
     check_weights(run_copy)
 
 
+@pytest.mark.usefixtures("no_report")
 def test_the_check_finds_an_average_that_is_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -464,6 +470,7 @@ def test_what_a_finished_run_holds(finished_run: Path) -> None:
     assert not list(finished_run.rglob(".tmp-*"))
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_finished_run_is_finished_again(run_copy: Path) -> None:
     before = load(step_path(run_copy / "checkpoints", 12)).tensors
     code, out, err = silent(command(run_copy, "--resume", "--json"))
@@ -472,6 +479,7 @@ def test_a_finished_run_is_finished_again(run_copy: Path) -> None:
     assert all(torch.equal(v, after[g][n]) for g in before for n, v in before[g].items())
 
 
+@pytest.mark.usefixtures("no_report")
 def test_resume_says_which_options_it_ignores(run_copy: Path) -> None:
     code, _, err = silent(command(run_copy, "--resume", "--rate", "0.5", "--quiet"))
     assert code == 0 and "ignored: rate" in err
@@ -497,6 +505,7 @@ def test_one_writer(run_copy: Path) -> None:
     owner.release()
 
 
+@pytest.mark.usefixtures("no_report")
 def test_the_clock_of_a_run_adds_up(run_copy: Path) -> None:
     start = time.monotonic()
     before = status(run_copy)["seconds"]

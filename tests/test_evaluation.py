@@ -90,9 +90,9 @@ def few(model: Reverse, x_0: Tensor, times: Tensor, calls: int, **more: Any) -> 
 
 
 def check_few(calls: int, control: bool = False) -> None:
-    """4096 examples against their exact bounds by term; false-alarm rate 1e-6 over the terms."""
+    """2048 examples against their exact bounds by term; false-alarm rate 1e-6 over the terms."""
     torch.manual_seed(calls)
-    times, model, x_0 = SCHEDULE.grid(30), gaussian_model(), draw(4096)
+    times, model, x_0 = SCHEDULE.grid(30), gaussian_model(), draw(2048)
     wiener = Wiener.of(Gaussian(SCHEDULE), draw(200)) if control else None
     result = few(model, x_0, times, calls, control=wiener)
     truth, values = gaussian_truth(x_0, times), result.values()

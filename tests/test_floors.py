@@ -1,8 +1,9 @@
 """The architecture, asserted: floors, no cycles, no hidden imports, no pickle, no long files.
 
 A module imports only from lower floors. A floor can have storeys, where `base`, `layers` and their
-like come first; modules of one storey, and folders of one floor, do not know each other. Imports inside functions count like all others, and only the command line may
-have first-party ones (so that `nelbo --help` need not import torch).
+like come first; modules of one storey, and folders of one floor, do not know each other. Imports
+inside functions count like all others, and only the command line may have first-party ones (so
+that `nelbo --help` need not import torch).
 """
 
 from __future__ import annotations
@@ -177,6 +178,10 @@ def _folder(module: str) -> str:
     return top if module in _FOLDERS or "." in module else ""
 
 
+def _is_false(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and node.value is False
+
+
 def _floor_faults(root: Path) -> list[str]:
     modules = _modules(root)
     faults = [f"{module}: has no floor in the table" for module in modules.keys() - _FLOORS.keys()]
@@ -229,9 +234,12 @@ def _pickling(tree: ast.AST) -> Iterator[tuple[int, str]]:
             yield node.lineno, "imports a pickler"  # type: ignore[attr-defined]
         if isinstance(node, ast.Attribute) and ast.unparse(node) in {"torch.load", "torch.save"}:
             yield node.lineno, ast.unparse(node)
-        if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
-            if not (isinstance(node.value, ast.Constant) and node.value.value is False):
-                yield node.value.lineno, "allows pickle"
+        if (
+            isinstance(node, ast.keyword)
+            and node.arg == "allow_pickle"
+            and not _is_false(node.value)
+        ):
+            yield node.value.lineno, "allows pickle"
 
 
 def test_floors() -> None:

@@ -1,4 +1,4 @@
-"""The trainer: resumed is straight bit for bit, rates and averages are exact, failures stop in time."""
+"""The trainer: resumed is straight bit for bit, rates are exact, failures stop in time."""
 
 from __future__ import annotations
 
@@ -257,7 +257,7 @@ def test_the_average_warms_up() -> None:
     """Decay min(d, (1 + k)/(10 + k)) at update k, to rounding."""
     module = nn.Linear(1, 1, bias=False).double()
     average = EMA(module, 0.3)
-    expected = float(module.weight)
+    expected = float(module.weight.detach())
     for k in range(6):
         nn.init.constant_(module.weight, float(k))
         average.update(module, k)

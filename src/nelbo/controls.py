@@ -7,9 +7,8 @@ away: term_i − b (G_i − E[G_i|x_0]) has the expectation of term_i for every 
 For Gaussian diffusion the Wiener filter of the training data is such a stand-in. With data mean m
 and covariance UΛUᵀ, σ² = 1/snr_t, W = Λ/(Λ + σ²), ξ = Uᵀ(x_0 − m) and η = Uᵀε,
 
-    ℓ_G = ½ ‖(I − W)ξ − σ W η‖²/σ²,   E_ε ℓ_G = ½ Σ_j [(1 − W_j)² ξ_j²/σ² + W_j²],
-
-    G_i = expm1(λ_s − λ_t) ℓ_G.
+    G_i = ½ (snr_s − snr_t) ‖(I − W)ξ − σ W η‖²,
+    E[G_i|x_0] = ½ (snr_s − snr_t) Σ_j [(1 − W_j)² ξ_j² + σ² W_j²].
 
 Were the data Gaussian and the network exact, G_i would be the term itself.
 
@@ -73,17 +72,23 @@ class Wiener(Control):
         keep, lose = along(schedule.keep(t).sqrt(), x), along(schedule.lose(t).sqrt(), x)
         eta = ((noisy - keep * x) / lose) @ self.axes.to(x.device)
         snr = along(schedule.logsnr(t).exp(), x)
-        gain = 1 - 1 / (1 + self.spectrum.to(x.device) * snr)
-        still = (1 - gain) * self._centred(x_0) * snr.sqrt()
-        moved = 0.5 * ((still - gain * eta) ** 2 - still**2 - gain**2).sum(1)
-        width = torch.expm1(schedule.logsnr(s) - schedule.logsnr(t)).to(x.device)
+        left = 1 / (1 + self.spectrum.to(x.device) * snr)
+        still, passed = left * self._centred(x_0), left * self.spectrum.to(x.device) * snr.sqrt()
+        moved = 0.5 * ((still - passed * eta) ** 2 - still**2 - passed**2).sum(1)
+        width = _drop(schedule.logsnr(s), schedule.logsnr(t)).to(x.device)
         out: Tensor = moved * width
         return out
 
     def expected(self, x_0: Tensor, times: Tensor) -> Tensor:
         logsnr = self.process.schedule.logsnr(times).to(x_0.device)
         snr = logsnr[1:].exp()
-        left = 1 / (1 + self.spectrum.to(x_0.device)[:, None] * snr)
-        energy = self._centred(x_0) ** 2 @ (left**2 * snr) + ((1 - left) ** 2).sum(0)
-        terms: Tensor = 0.5 * torch.expm1(logsnr[:-1] - logsnr[1:]) * energy
+        spectrum = self.spectrum.to(x_0.device)[:, None]
+        left = 1 / (1 + spectrum * snr)
+        energy = self._centred(x_0) ** 2 @ left**2 + (left**2 * spectrum**2 * snr).sum(0)
+        terms: Tensor = 0.5 * _drop(logsnr[:-1], logsnr[1:]) * energy
         return terms
+
+
+def _drop(logsnr_s: Tensor, logsnr_t: Tensor) -> Tensor:
+    """snr_s − snr_t without cancellation, and finite where snr_t is 0."""
+    return -logsnr_s.exp() * torch.expm1(logsnr_t - logsnr_s)

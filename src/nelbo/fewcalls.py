@@ -202,6 +202,6 @@ def _scattered(drawer: Drawer, pair: Tensor, terms: Tensor, most: int = 40) -> I
     mean = zero.index_add(0, of, density) / count
     square = zero.index_add(0, of, (density - mean[of]) ** 2)
     where = zero.index_add(0, of, centre[place]) / count
-    seen = count > 1
+    seen = (count > 1) & torch.isfinite(where)  # a chain may end at a log-SNR of −∞
     se = (square / (count - 1) / count).sqrt()
     return Integrand(where[seen], mean[seen], se[seen])

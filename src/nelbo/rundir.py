@@ -136,7 +136,7 @@ class RunDirectory:
             raise UsageError(
                 f"{self.path}: another process is writing to this run; wait for it or stop it"
             ) from None
-        for folder in (self.path, self.checkpoints):
+        for folder in (self.path, *(p for p in self.path.iterdir() if p.is_dir())):
             clean_temporary(folder)
 
     def release(self) -> None:

@@ -141,6 +141,8 @@ class UNetShape:
     """In every residual block."""
     drop_channels: bool = False
     """Drop whole channels instead of single values."""
+    members: int = 1
+    """Networks whose mean output is the prediction; each is trained on its part of a batch."""
     waves: int | None = None
     """With --predict levels: cosines that make up a level's logits; free logits by default."""
     augment: float = 0.0

@@ -41,11 +41,15 @@ LIMITS: dict[str, tuple[float, float]] = {
     "multipliers": COUNT,
     "layers": COUNT,
     "attention": COUNT,
+    "head_dim": COUNT,
+    "waves": COUNT,
+    "augment": FRACTION,
     "dropout": FRACTION,
     "positions": NUMBER,
     "validation": NUMBER,
     "examples": COUNT,
     "width": COUNT,
+    "members": COUNT,
     "depth": COUNT,
     "length": COUNT,
     "period": (2, 2**62),
@@ -72,6 +76,9 @@ def check(options: Any) -> None:
                 _check(field.name, number)
     if getattr(options, "multipliers", None) == ():
         raise UsageError("--multipliers: give at least one")
+    focus = getattr(options, "focus", None)
+    if focus is not None and not (math.isfinite(focus[0]) and 0 < focus[1] < math.inf):
+        raise UsageError(f"--focus {focus[0]:g} {focus[1]:g}: the width must be above 0")
 
 
 def _check(name: str, number: float) -> None:

@@ -19,7 +19,7 @@ from nelbo.decoders import (
     Ratio,
 )
 from nelbo.errors import UsageError
-from nelbo.networks.heads import LevelHead, channel_dropout
+from nelbo.networks.heads import Ensemble, LevelHead, channel_dropout
 from nelbo.networks.layers import Fourier, Marked, Positions, Timed
 from nelbo.networks.mlp import MLP
 from nelbo.networks.unet import UNet, zero_last
@@ -145,26 +145,30 @@ def timed(network: nn.Module, schedule: Schedule) -> nn.Module:
 
 
 def unet(options: UNetShape, shape: tuple[int, ...], out: int, timesteps: Schedule) -> nn.Module:
-    """A U-Net for images (C, H, W) under its input wrappers.
+    """A U-Net for images (C, H, W) under its input wrappers, or an ensemble of them.
 
     Raises:
         UsageError: the size does not fit the number of resolutions.
     """
-    channels, height, width = shape
-    depth = len(options.multipliers)
-    factor = 2 ** (depth - 1)
+    _, height, width = shape
+    factor = 2 ** (len(options.multipliers) - 1)
     if height % factor or width % factor:
         raise UsageError(
-            f"{height}x{width} images do not fit {depth} resolutions: both sides must be "
-            f"multiples of {factor}. Give fewer --multipliers, or --size"
+            f"{height}x{width} images do not fit {len(options.multipliers)} resolutions: both "
+            f"sides must be multiples of {factor}. Give fewer --multipliers, or --size"
         )
-    widths = tuple(options.channels * m for m in options.multipliers)
-    attend = [height // 2**i in options.attention for i in range(depth)]
+    members = [timed(_member(options, shape, out), timesteps) for _ in range(options.members)]
+    return members[0] if len(members) == 1 else Ensemble(members)
+
+
+def _member(options: UNetShape, shape: tuple[int, ...], out: int) -> nn.Module:
+    channels, height, width = shape
+    attend = [height // 2**i in options.attention for i in range(len(options.multipliers))]
     network: nn.Module = UNet(
         sample_size=height if height == width else (height, width),
         in_channels=channels * (1 + 2 * len(options.fourier)) + options.positions,
         out_channels=out,
-        block_out_channels=widths,
+        block_out_channels=tuple(options.channels * m for m in options.multipliers),
         layers_per_block=options.layers,
         down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attend),
         up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attend)),
@@ -181,9 +185,7 @@ def unet(options: UNetShape, shape: tuple[int, ...], out: int, timesteps: Schedu
         network = Marked(network)
     if options.positions:
         network = Positions(network, (height, width), options.positions)
-    if options.fourier:
-        network = Fourier(network, options.fourier)
-    return timed(network, timesteps)
+    return Fourier(network, options.fourier) if options.fourier else network
 
 
 def level_head(network: nn.Module, dataset: Dataset, waves: int) -> LevelHead:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 from torch import Tensor
 
 from nelbo import console
@@ -21,7 +21,7 @@ from nelbo.processes.gaussian import Gaussian
 from nelbo.recipes.recipe import Recipe
 from nelbo.reverse import Reverse
 from nelbo.walks import comparison
-from nelbo.walks.stored import Stored, device_of, open_run
+from nelbo.walks.stored import Stored, device_of, open_run, save_arrays
 
 PILOT = 64
 """Training examples on which the design of a few-call evaluation is fixed."""
@@ -48,7 +48,8 @@ def measure(
     """The bound of `model` on a part of the recipe's data, with progress on stderr."""
     dataset = recipe.dataset
     rows = getattr(dataset, request.split)[: request.limit]
-    device = next(iter([*model.parameters(), *model.buffers()])).device
+    tensors = [*model.parameters(), *model.buffers()]
+    device = tensors[0].device if tensors else torch.device("cpu")  # an exact denoiser has none
     with console.Meter(title, 1, "calls", request.quiet) as meter:
         return evaluate(
             model,
@@ -170,10 +171,7 @@ def _write_npz(path: Path, result: Evaluation, more: dict[str, Tensor]) -> None:
     if result.integrand is not None:
         for field in ("logsnr", "mean", "se"):
             arrays[f"integrand_{field}"] = getattr(result.integrand, field).numpy()
-    temporary = path.with_name(f".tmp-{path.name}")
-    with open(temporary, "wb") as file:
-        np.savez(file, **arrays)
-    temporary.replace(path)
+    save_arrays(path, arrays)
 
 
 def lines(value: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from nelbo.randomness import seeded
 from nelbo.recipes.recipe import Recipe
 from nelbo.reverse import Reverse
 from nelbo.samplers import DDIM, Ancestral, Sampler, sample
-from nelbo.walks.stored import Stored, device_of, open_run
+from nelbo.walks.stored import Stored, device_of, open_run, save_arrays
 
 STRIP = 9
 """States of a strip."""
@@ -118,13 +118,14 @@ def write(
     marks = sorted(len(times) - 1 - k for k in _marks(len(times)))
     count = 512 if dataset.levels is None else 8
     forward = forward_strip(stored.recipe, times, count, seed)
-    _save(folder / "samples.npz", samples=samples.numpy(), real=real.numpy())
-    _save(
-        folder / "strip.npz",
-        forward=_stills(dataset, forward).numpy(),
-        reverse=_stills(dataset, strip["reverse"][:, :count]).numpy(),
-        logsnr=np.r_[np.inf, process.schedule.logsnr(times[torch.tensor(marks)]).numpy()],
-    )
+    arrays = {"samples": samples.numpy(), "real": real.numpy()}
+    save_arrays(folder / "samples.npz", arrays)
+    states = {
+        "forward": _stills(dataset, forward).numpy(),
+        "reverse": _stills(dataset, strip["reverse"][:, :count]).numpy(),
+        "logsnr": np.r_[np.inf, process.schedule.logsnr(times[torch.tensor(marks)]).numpy()],
+    }
+    save_arrays(folder / "strip.npz", states)
     save_grid(folder / "samples.png", samples[:100].numpy(), dataset.levels)
     save_grid(folder / "real.png", real[:100].numpy(), dataset.levels)
     return {"picture": str(folder / "samples.png"), "array": str(folder / "samples.npz")}
@@ -135,13 +136,6 @@ def _stills(dataset: Dataset, walk: Tensor) -> Tensor:
     scaled = 2 * walk - 1 if dataset.binary else walk
     sequences = dataset.levels is not None and len(dataset.shape()) == 1
     return scaled[:, None] if sequences else scaled
-
-
-def _save(path: Path, **arrays: Any) -> None:
-    temporary = path.with_name(f".tmp-{path.name}")
-    with open(temporary, "wb") as file:
-        np.savez(file, **arrays)
-    temporary.replace(path)
 
 
 def run(options: Sample) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from nelbo import checkpoint, console
 from nelbo.errors import InputRefused, UsageError
+from nelbo.files import exhausted, hidden
 from nelbo.recipes.build import build
 from nelbo.recipes.options import Options, restored
 from nelbo.recipes.recipe import Recipe
@@ -113,3 +116,19 @@ def _validation(path: Path) -> float | None:
         return None  # an invalid checkpoint cannot be the best; loading it would say why
     value = info.get("validation")
     return None if value is None else float(value["mean"])
+
+
+def save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Replace an .npz file in one rename.
+
+    Raises:
+        ResourceExhausted: it could not be written; the old file is intact.
+    """
+    temporary = hidden(path, "tmp")
+    try:
+        with exhausted(path, sum(np.asarray(a).nbytes for a in arrays.values())):
+            with open(temporary, "wb") as file:
+                np.savez(file, **arrays)
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

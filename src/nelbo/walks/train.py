@@ -158,9 +158,7 @@ def finish(session: Session, device: str, as_json: bool) -> None:
         session.quiet,
         batch=options.samples,
     )
-    sampling.write(
-        stored_run, session.directory.samples, samples, strip, times, options.seed
-    )
+    sampling.write(stored_run, session.directory.samples, samples, strip, times, options.seed)
     session.status("finished", 0)
     page = report.write(session.directory.path)
     if as_json:
@@ -168,4 +166,3 @@ def finish(session: Session, device: str, as_json: bool) -> None:
     else:
         print(evaluating.lines(value))
         print(f"\nreport: {page}")
-
