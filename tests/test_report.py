@@ -18,7 +18,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from nelbo import figures, pictures, report
+from nelbo import compared, figures, pictures, remake, report, wording
 from nelbo.errors import InputRefused
 from nelbo.runfiles import load
 
@@ -259,6 +259,63 @@ def test_numbers_are_those_of_the_documents(runs: dict[str, Path], name: str) ->
     assert HASH in page.text and "CC BY 4.0" in page.text
 
 
+def test_comparison_of_a_run_of_bits(tmp_path: Path) -> None:
+    """Every figure of the block stands on the page, ranked; rows of bits are sequences."""
+    path = make_run(tmp_path / "bits", "heartbeat", (1, 8, 8), 17)
+    document = evaluation("heartbeat", (20,), 2)
+    document["data"]["shape"] = [20]
+    bits = {"se": 0.019, "se_mc": None, "n": 297, "unit": "bits/example"}
+    document["comparison"] = {
+        "K": {"mean": -2.39, **bits},
+        "minus_bound": {"mean": -2.37, **bits, "se": 0.05},
+        "null": {"mean": -14.4386, **bits, "se": 0.0},
+        "K_minus_null": {"mean": 12.05, **bits},
+        "one_day": {"mean": 7.25, **bits},
+        "references": {"some paper, table 1": -2.414, "truth": -2.3219},
+    }
+    (path / "evaluation/test.json").write_text(json.dumps(document))
+    lower = np.linspace(1, 9, 19)
+    bounds = {"step_entropy_lower": lower, "step_entropy_upper": lower + 1}
+    np.savez(path / "evaluation/test.npz", total=np.zeros(297), **bounds)
+    rows = np.random.default_rng(0).integers(0, 2, (100, 20)).astype(np.uint8)
+    np.savez(path / "samples/samples.npz", samples=rows, real=rows)
+    page = Page(report.write(path))
+    assert page.values()[-7:] == [-2.3219, -2.37, -2.39, -2.414, -14.4386, 12.05, 7.25]
+    for text in ("−2.390 ± 0.019", "−2.414", "some paper, table 1", "one day", "bits/sequence"):
+        assert text in page.text
+    assert "a row each" in page.text and "an image" not in page.text
+    for name in ("comparison", "steps"):
+        assert png_size(path / f"report/{name}.png")[0] == round(figures.WIDE * figures.DPI)
+    width, height = png_size(path / "report/samples.png")
+    assert height * 20 == width * report.SEQUENCES
+    assert [row.ours for row in compared.dots(document)] == [False, True, True, False]
+
+
+def test_an_importance_weighted_figure_stands_with_its_number_and_size(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "roll", "swissroll", (2,), None)
+    document = json.loads((path / "evaluation/test.json").read_text())
+    curve = [{"draws": m, **entry(0.31 - 0.01 * m, 0.02, 0.002, 297, 2)} for m in (1, 2, 4)]
+    ess = {"median": 1.46, "least": 1.0}
+    document["importance"] = {**curve[-1], "ess": ess, "curve": curve}
+    (path / "evaluation/test.json").write_text(json.dumps(document))
+    page = Page(report.write(path))
+    text = " ".join(page.text.split())
+    assert "M = 4 weighted trajectories" in text and "size is 1.5 of 4" in text
+    assert "at most 0.270 ± 0.020 bits/dim" in text and "may lie far below" in text
+    assert page.values()[-4:] == pytest.approx([0.27, 0.30, 0.29, 0.27])
+    document["importance"]["ess"]["median"] = 3.0
+    (path / "evaluation/test.json").write_text(json.dumps(document))
+    assert "far below" not in Page(report.write(path)).text
+
+
+def test_bounds_of_two_steps_make_a_figure() -> None:
+    """The shortest chain with reverse steps, and one long enough to have no marks."""
+    for count in (1, 400):
+        values = np.linspace(-1.0, 2.0, count)
+        picture = figures.entropies(values, values + 0.5, "bits/example", figures.NARROW)
+        assert picture != figures.entropies(values, values + 1.5, "bits/example", figures.NARROW)
+
+
 def test_figures_lie_beside_the_page(runs: dict[str, Path]) -> None:
     common = {"integrand.png", "real.png", "samples.png", "strip.png"}
     owns = {"digits": "baselines.png", "rgb": "baselines.png", "roll": "truth.png"}
@@ -374,18 +431,18 @@ def test_the_evaluation_that_counts(tmp_path: Path) -> None:
     run = load(path)
     assert (run.evaluation["model"]["step"], run.evaluation["calls_per_example"]) == (2, 99)
     (path / "evaluation/test-step2-full-seed0.json").unlink()
-    assert f"nelbo evaluate {path} --calls 16" in report.commands(load(path))
+    assert f"nelbo evaluate {path} --calls 16" in remake.commands(load(path))
 
 
 def test_commands_can_be_typed(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run $1")
     options = {"path": "my 'data'", "steps": 5, "fast": True, "clip": None}
     edit(path / "recipe.json", options={**options, "net": {"width_all": [1, 2]}})
-    words = shlex.split(report.training(load(path)))
+    words = shlex.split(remake.training(load(path)))
     assert words == ["nelbo", "train", "digits", "my 'data'", "--out", str(path), "--steps", "5",
                      "--fast", "--clip", "None", "--net.width-all", "1", "2"]  # fmt: skip
     edit(path / "environment.json", command="nelbo train digits --out 'a b' --resume")
-    assert report.training(load(path)) == "nelbo train digits --out 'a b'"
+    assert remake.training(load(path)) == "nelbo train digits --out 'a b'"
 
 
 @pytest.mark.parametrize(
@@ -399,13 +456,13 @@ def test_commands_can_be_typed(tmp_path: Path) -> None:
     ],
 )
 def test_digits_follow_the_error(value: dict[str, Any], text: str, noise: str) -> None:
-    assert (report.shown(value), report.noise(value)) == (text, noise)
+    assert (wording.shown(value), wording.noise(value)) == (text, noise)
 
 
 def test_durations() -> None:
     seconds = (0, 59.6, 102.4, 3600, 7384)
     texts = ["0 s", "1 min", "1 min 42 s", "1 h", "2 h 3 min"]
-    assert [report.duration(x) for x in seconds] == texts
+    assert [wording.duration(x) for x in seconds] == texts
 
 
 def test_interval_holds_80_percent() -> None:

@@ -9,8 +9,6 @@ pixels to the inch and twice that in pixels, so that its letters keep their size
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -61,79 +59,6 @@ STYLE: dict[str, Any] = {
 styled = matplotlib.rc_context(STYLE)  # decorates what draws
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of a comparison, with the text beside its dot."""
-
-    label: str
-    value: float
-    se: float
-    """0 if the value is exact, nan if unknown."""
-    text: str
-    ours: bool = False
-
-    @property
-    def reach(self) -> float:
-        """Length of the bar to either side, 2 se where it is known."""
-        return 2 * self.se if self.se > 0 else 0.0
-
-
-@styled
-def comparison(rows: Sequence[Row], from_zero: bool, width: float) -> bytes:
-    """Values on one axis, a dot each with ± 2 se, the text beside it.
-
-    Arguments:
-        rows: from top to bottom, bits/dim.
-        from_zero: lines lead from 0 to the dots, for code lengths, whose ratios mean something.
-        width: inches.
-    Returns:
-        PNG.
-    """
-    narrow = width <= NARROW
-    figure, axes = canvas(width, 0.75 + len(rows) * (0.5 if narrow else 0.36))
-    values = [row.value for row in rows]
-    for place, row in enumerate(rows):
-        _dot(axes, place, row, from_zero, narrow)
-    low, high = (0.0, max(values)) if from_zero else _spread(rows)
-    axes.set_xlim(low, high + (high - low) * (0.06 if narrow else 0.30))
-    axes.set_ylim(len(rows) - 0.5, -0.72 if narrow else -0.55)
-    axes.set_yticks([] if narrow else range(len(rows)), [] if narrow else [r.label for r in rows])
-    axes.tick_params(axis="y", length=0, pad=8)
-    axes.spines["left"].set_visible(False)
-    axes.xaxis.set_major_locator(MaxNLocator(4 if narrow else 6))
-    axes.set_xlabel(UNIT)
-    return png(figure)
-
-
-def _dot(axes: Axes, place: int, row: Row, from_zero: bool, narrow: bool) -> None:
-    colour = VERMILION if row.ours else BLUE
-    if from_zero:
-        axes.plot([0, row.value], [place, place], color=RULE, lw=1.4, zorder=1)
-    if row.se == 0:
-        axes.plot(row.value, place, "D", color=INK, ms=4.5)
-    else:
-        bar: dict[str, Any] = {"fmt": "o", "color": colour, "ms": 5.5, "capsize": 3, "lw": 1.2}
-        axes.errorbar(row.value, place, xerr=row.reach or None, **bar)
-    if narrow:
-        above: dict[str, Any] = {
-            "textcoords": "offset points",
-            "xycoords": ("axes fraction", "data"),
-        }
-        axes.annotate(row.label, (0, place), xytext=(0, 7), ha="left", fontsize=9, **above)
-        axes.annotate(row.text, (1, place), xytext=(0, 7), ha="right", fontsize=9, **above)
-    else:
-        end = (row.value + row.reach, place)
-        beside: dict[str, Any] = {"textcoords": "offset points", "va": "center_baseline"}
-        axes.annotate(row.text, end, xytext=(9, 0), **beside)
-
-
-def _spread(rows: Sequence[Row]) -> tuple[float, float]:
-    low = min(row.value - row.reach for row in rows)
-    high = max(row.value + row.reach for row in rows)
-    margin = 0.12 * (high - low) or 0.5
-    return low - margin, high + margin
-
-
 def interval(logsnr: ArrayLike, mean: ArrayLike) -> tuple[float, float, float] | None:
     """The log-SNR below which 10, 50 and 90 % of ∫ mean d(log-SNR) lie; None if it is not > 0.
 
@@ -170,14 +95,7 @@ def integrand(logsnr: ArrayLike, mean: ArrayLike, se: ArrayLike, width: float) -
     _above(axes, f"{UNIT} per unit of log-SNR")
     axes.xaxis.set_major_locator(MaxNLocator(8 if width > NARROW else 6, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    words = ((0.0, "left", "← noise"), (0.5, "center", "log-SNR"), (1.0, "right", "data →"))
-    for place, side, word in words:
-        below: dict[str, Any] = {
-            "xycoords": "axes fraction",
-            "textcoords": "offset points",
-            "ha": side,
-        }
-        axes.annotate(word, (place, 0), (0, -29), **below)
+    _ends(axes, "log-SNR")
     return png(figure)
 
 
@@ -234,6 +152,45 @@ def learning(training: Array, validation: Array, ratios: bool, width: float) -> 
     _above(axes, UNIT)
     axes.legend(loc="upper right", handlelength=1.6, borderaxespad=0.1)
     return png(figure)
+
+
+@styled
+def entropies(lower: ArrayLike, upper: ArrayLike, unit: str, width: float) -> bytes:
+    """Bounds on the entropy of every reverse step, the band between them filled.
+
+    Arguments:
+        lower, upper: (N − 1,) of the steps from t = 2, ..., N to the one before, in `unit`.
+        width: inches.
+    Returns:
+        PNG.
+    """
+    low, high = np.asarray(lower, float), np.asarray(upper, float)
+    step = np.arange(2, len(low) + 2)
+    figure, axes = canvas(width, 2.9 if width > NARROW else 2.7)
+    mark = "o" if len(step) <= 40 else ""
+    axes.fill_between(step, low, high, color=SKY, alpha=0.25, lw=0)
+    axes.plot(step, high, color=VERMILION, marker=mark, ms=3, label="upper bound")
+    axes.plot(step, low, color=BLUE, marker=mark, ms=3, label="lower bound")
+    margin = 0.03 * (len(step) - 1) or 0.5
+    axes.set_xlim(step[-1] + margin, step[0] - margin)
+    _above(axes, unit)
+    axes.xaxis.set_major_locator(MaxNLocator(8 if width > NARROW else 5, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    _ends(axes, "step t")
+    axes.legend(loc="best", handlelength=1.6, borderaxespad=0.1)
+    return png(figure)
+
+
+def _ends(axes: Axes, label: str) -> None:
+    """Name the horizontal axis and what lies at its ends."""
+    words = ((0.0, "left", "← noise"), (0.5, "center", label), (1.0, "right", "data →"))
+    for place, side, word in words:
+        below: dict[str, Any] = {
+            "xycoords": "axes fraction",
+            "textcoords": "offset points",
+            "ha": side,
+        }
+        axes.annotate(word, (place, 0), (0, -29), **below)
 
 
 def smoothed(values: Array) -> Array:

@@ -13,29 +13,24 @@ import base64
 import hashlib
 import math
 import os
-import re
 import shlex
-import unicodedata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
-from nelbo import figures, pictures
+from nelbo import compared, dots, figures, pictures, remake, wording
 from nelbo.errors import InputRefused
-from nelbo.estimate import Estimate
 from nelbo.files import exhausted, hidden, write_file
 from nelbo.runfiles import Array, Json, Run, load
 
-FIGURES = ("baselines", "truth", "integrand", "learning", "real", "samples", "strip")
+FIGURES = ("baselines", "truth", "comparison", "steps", "integrand", "learning", "real", "samples",
+           "strip")  # fmt: skip
 BASELINES = {"uniform": "uniform coding", "histogram": "training histogram"}
-ASIDE = frozenset({"path", "out", "resume"})
-IMAGES, POINTS = 64, 4000
-NEGLIGIBLE = 0.0001  # errors below half of it are not spelled out, only in the data elements
+IMAGES, POINTS, SEQUENCES = 64, 4000, 32
 
 
 @dataclass(frozen=True)
@@ -88,18 +83,30 @@ def _replace(path: Path, data: bytes | None) -> None:
 
 def draw(run: Run) -> dict[str, Picture]:
     """Every figure that the run's files allow, by name."""
-    drawn: dict[str, Picture] = {}
-    document = run.evaluation
-    if document.get("baselines"):
-        drawn["baselines"] = _both(partial(figures.comparison, _baselines(document), True))
-    if document.get("truth"):
-        drawn["truth"] = _both(partial(figures.comparison, _truth(document), False))
-    if document and len(run.per_example.get("integrand_logsnr", ())) > 1:
+    drawn = _codes(run.evaluation)
+    if "step_entropy_lower" in run.per_example:
+        nats = run.per_example["step_entropy_lower"], run.per_example["step_entropy_upper"]
+        lower, upper = (values / math.log(2) for values in nats)
+        unit = compared.unit(run.evaluation)
+        drawn["steps"] = _both(partial(figures.entropies, lower, upper, unit))
+    if run.evaluation and len(run.per_example.get("integrand_logsnr", ())) > 1:
         drawn["integrand"] = _both(partial(figures.integrand, *_integrand(run)))
     if len(run.training) + len(run.validation):
         curves = (run.training, run.validation, run.data.get("levels") is not None)
         drawn["learning"] = _both(partial(figures.learning, *curves))
     return drawn | _examples(run)
+
+
+def _codes(document: Json) -> dict[str, Picture]:
+    """The charts of code lengths against others."""
+    charts: dict[str, tuple[list[dots.Row], bool, str]] = {}
+    if document.get("baselines"):
+        charts["baselines"] = _baselines(document), True, figures.UNIT
+    if document.get("truth"):
+        charts["truth"] = _truth(document), False, figures.UNIT
+    if document.get("comparison"):
+        charts["comparison"] = compared.dots(document), False, compared.unit(document)
+    return {name: _both(partial(dots.comparison, *chart)) for name, chart in charts.items()}
 
 
 def _both(drawing: Callable[[float], bytes]) -> Picture:
@@ -108,11 +115,13 @@ def _both(drawing: Callable[[float], bytes]) -> Picture:
 
 def _examples(run: Run) -> dict[str, Picture]:
     drawn: dict[str, Picture] = {}
-    arrays = {name: _some(array) for name, array in run.samples.items() if name in FIGURES}
+    levels = run.data.get("levels")
+    room = POINTS if levels is None else SEQUENCES
+    arrays = {name: _some(x, room) for name, x in run.samples.items() if name in FIGURES}
     vectors = arrays and arrays["samples"].ndim == 2
     limits = pictures.frame(*arrays.values()) if vectors else None
     for name, array in arrays.items():
-        drawn[name] = Picture(pictures.picture(array, run.data.get("levels"), limits))
+        drawn[name] = Picture(pictures.picture(array, levels, limits))
     if run.strip:
         walks = (_one(run.strip["forward"]), _one(run.strip["reverse"]), run.strip["logsnr"])
         drawn["strip"] = _both(partial(pictures.strip, *walks))
@@ -124,10 +133,10 @@ def _one(walk: Array) -> Array:
     return walk[:, 0] if walk.ndim == 5 else walk
 
 
-def _some(samples: Array) -> Array:
-    """As many as the page has room for: a square of images, or a cloud of points."""
+def _some(samples: Array, room: int) -> Array:
+    """As many as the page has room for: a square of images, or so many vectors."""
     if samples.ndim == 2:
-        return samples[:POINTS]
+        return samples[:room]
     side = max(2, min(math.isqrt(IMAGES), pictures.GRID // samples.shape[-1]))
     return samples[: side * side]
 
@@ -139,12 +148,12 @@ def _integrand(run: Run) -> tuple[Array, Array, Array]:
     return logsnr, mean / unit, se / unit
 
 
-def _baselines(document: Json) -> list[figures.Row]:
+def _baselines(document: Json) -> list[dots.Row]:
     rows = [(BASELINES.get(name, name), entry) for name, entry in document["baselines"].items()]
     return _rows(sorted(rows, key=lambda row: -row[1]["mean"]), document)
 
 
-def _truth(document: Json) -> list[figures.Row]:
+def _truth(document: Json) -> list[dots.Row]:
     truth = document["truth"]
     rows = [("entropy (exact)", truth["entropy"])]
     if "exact_denoiser" in truth:
@@ -152,47 +161,18 @@ def _truth(document: Json) -> list[figures.Row]:
     return _rows(rows, document)
 
 
-def _rows(others: list[tuple[str, Json]], document: Json) -> list[figures.Row]:
+def _rows(others: list[tuple[str, Json]], document: Json) -> list[dots.Row]:
     rows = [*others, ("bound, this model", document["terms"]["total"])]
     return [
-        figures.Row(label, entry["mean"], estimate(entry).se, shown(entry), entry is rows[-1][1])
+        dots.Row(
+            label,
+            entry["mean"],
+            wording.estimate(entry).se,
+            wording.shown(entry),
+            entry is rows[-1][1],
+        )
         for label, entry in rows
     ]
-
-
-def estimate(entry: Json, factor: float = 1.0) -> Estimate:
-    """An entry {"mean", "se", "se_mc", "n"} times a factor; no se is exact, null is unknown."""
-    numbers = (entry["mean"], entry.get("se", 0.0), entry.get("se_mc", 0.0))
-    mean, se, se_mc = (math.nan if x is None else factor * x for x in numbers)
-    return Estimate(mean, se, se_mc, entry.get("n", 0), "")
-
-
-def shown(entry: Json, factor: float = 1.0) -> str:
-    """`1.764 ± 0.012`: two digits of the error; `4.087` where there is none."""
-    value = estimate(entry, factor)
-    if value.se == 0:
-        text = f"{value.mean:.4g}"
-    elif value.se < NEGLIGIBLE / 2:
-        text = f"{value.mean:.4f} ± <{NEGLIGIBLE:g}"
-    else:
-        text = str(value).partition("  (n=")[0]
-    return text.replace("-", "−")
-
-
-def noise(entry: Json, factor: float = 1.0) -> str:
-    """The part of the error from noise and time draws, with two digits; ? if unknown."""
-    se_mc = estimate(entry, factor).se_mc
-    if not math.isfinite(se_mc):
-        return "?"
-    return f"{se_mc:.{max(0, 1 - int(f'{se_mc:.1e}'.partition('e')[2]))}f}" if se_mc else "0"
-
-
-def duration(seconds: float) -> str:
-    """`48 s`, `12 min 5 s`, `3 h 20 min`: the two largest units."""
-    t = round(seconds)
-    parts = ((t // 3600, "h"), (t // 60 % 60, "min"), (t % 60, "s"))
-    first = next((i for i, (n, _) in enumerate(parts) if n), 2)
-    return " ".join(f"{n} {unit}" for n, unit in parts[first : first + 2] if n) or "0 s"
 
 
 def render(run: Run, drawn: dict[str, Picture]) -> str:
@@ -211,8 +191,9 @@ def render(run: Run, drawn: dict[str, Picture]) -> str:
             drawn=drawn,
             nats=math.log(2) * run.evaluation["data"]["dims"] if run.evaluation else None,
             where=figures.interval(*_integrand(run)[:2]) if "integrand" in drawn else None,
-            commands=commands(run),
-            training=training(run),
+            commands=remake.commands(run),
+            training=remake.training(run),
+            compared=compared,
             here=shlex.quote(str(run.path)),
             style=Markup(style),  # from the package: no text of the run is in it
             digest=digest,
@@ -226,75 +207,14 @@ def _environment() -> jinja2.Environment:
         loader=jinja2.PackageLoader("nelbo"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
-        finalize=_finalize,
+        finalize=wording.printable,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(shown=shown, noise=noise, flat=flat, duration=duration, uri=_uri)
+    filters = (wording.shown, wording.noise, wording.flat, wording.duration)
+    environment.filters.update({f.__name__: f for f in filters}, uri=_uri)
     return environment
-
-
-def _finalize(value: Any) -> Any:
-    """Text without control, direction and surrogate characters; markup of our own stays."""
-    if isinstance(value, Markup):
-        return value
-    return "".join(c for c in str(value) if c in "\t\n" or unicodedata.category(c)[0] != "C")
 
 
 def _uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
-
-
-def flat(record: Json, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Rows (dotted name, text) of a nested record, in its order."""
-    for name, value in record.items():
-        if isinstance(value, Mapping) and value:
-            yield from flat(dict(value), f"{prefix}{name}.")
-        else:
-            yield prefix + name, _text(value)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, (list, tuple)) and value:
-        return ", ".join(map(_text, value))
-    return "none" if value in (None, [], {}, "") else str(value)
-
-
-def commands(run: Run) -> list[str]:
-    """What to type, in a clone of the repository, to make this run and its figures again."""
-    commit, here = run.environment.get("commit"), shlex.quote(str(run.path))
-    calls = re.search(r"-calls(\d+)-", run.measured.name)
-    return [
-        *([f"git checkout {shlex.quote(commit)}"] if commit else []),
-        "pip install -c constraints.txt .",
-        training(run),
-        f"nelbo evaluate {here}" + (f" --calls {calls[1]}" if calls else ""),
-        f"nelbo sample {here}",
-        f"nelbo report {here}",
-    ]
-
-
-def training(run: Run) -> str:
-    """The command that was typed, if the run kept it, else one of the same options."""
-    typed = shlex.split(run.environment.get("command", ""))
-    if typed[:2] == ["nelbo", "train"]:
-        return shlex.join(word for word in typed if word != "--resume")
-    options = run.recipe.get("options", {})
-    path = [str(options["path"])] if options.get("path") is not None else []
-    words = ["nelbo", "train", run.recipe["recipe"], *path, "--out", str(run.path)]
-    for name, value in options.items():
-        words += [] if name in ASIDE else _option(name, value)
-    return shlex.join(words)
-
-
-def _option(name: str, value: Any) -> Iterator[str]:
-    flag = name.replace("_", "-")
-    if isinstance(value, bool):
-        yield f"--{flag}" if value else f"--no-{flag}"
-    elif isinstance(value, Mapping):
-        for part, inner in value.items():
-            yield from _option(f"{name}.{part}", inner)
-    else:
-        yield from (f"--{flag}", *(map(str, value) if isinstance(value, list) else [str(value)]))
