@@ -88,6 +88,7 @@ def evaluate(arguments: list[str]) -> int:
         options.limit,
         options.control == "wiener",
         options.quiet,
+        options.importance,
     )
     _threads(options.threads)
     walk.run(options.run, options.checkpoint, request, options.device, options.json)

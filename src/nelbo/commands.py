@@ -30,6 +30,9 @@ class Evaluate:
     """Network calls per example; the full bound (every step) by default."""
     control: Literal["wiener", "none"] = "wiener"
     """Control variate of a few-call evaluation: the linear denoiser of the training data."""
+    importance: int | None = None
+    """Also the importance-weighted bound, from so many joint trajectories of each example: as many
+    walks down the whole grid; take a --limit."""
     split: Literal["test", "validation", "train"] = "test"
     """Part of the data."""
     limit: int | None = None

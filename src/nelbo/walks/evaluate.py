@@ -17,10 +17,11 @@ from nelbo.data.base import Dataset
 from nelbo.estimate import Estimate
 from nelbo.evaluation import TERMS, Evaluation, evaluate
 from nelbo.files import write_json_atomic
+from nelbo.likelihood import ImportanceWeighted
 from nelbo.processes.gaussian import Gaussian
 from nelbo.recipes.recipe import Recipe
 from nelbo.reverse import Reverse
-from nelbo.walks import comparison
+from nelbo.walks import comparison, weighted
 from nelbo.walks.stored import Stored, device_of, open_run, save_arrays
 
 PILOT = 64
@@ -40,6 +41,8 @@ class Request:
     limit: int | None = None
     control: bool = True
     quiet: bool = False
+    importance: int | None = None
+    """Joint trajectories per example of the importance-weighted bound."""
 
 
 def measure(
@@ -145,22 +148,32 @@ def truth(recipe: Recipe, request: Request) -> dict[str, Any]:
 
 
 def write(
-    stored: Stored, request: Request, result: Evaluation, extra: dict[str, Any]
+    stored: Stored,
+    request: Request,
+    result: Evaluation,
+    extra: dict[str, Any],
+    found: ImportanceWeighted | None = None,
 ) -> dict[str, Any]:
     """Write evaluation/*.json and *.npz; returns the document.
 
     The name holds what was measured, so that another measurement never replaces this one.
+
+    Arguments:
+        extra: what else the document says. found: the weights of joint trajectories, if drawn.
     """
     recipe = stored.recipe
     rows = getattr(recipe.dataset, request.split)[: request.limit]
     known = comparison.entry(recipe, rows, result)
-    value = {**document(recipe, stored.step, request, result), **extra, **known}
+    tighter = {} if found is None else weighted.entry(found, recipe.dataset.dims)
+    value = {**document(recipe, stored.step, request, result), **extra, **tighter, **known}
     calls = "full" if request.calls is None else f"calls{request.calls}"
     part = request.split if request.limit is None else f"{request.split}{request.limit}"
-    name = f"{part}-step{stored.step:08d}-{calls}-seed{request.seed}"
+    many = "" if request.importance is None else f"-importance{request.importance}"
+    name = f"{part}-step{stored.step:08d}-{calls}{many}-seed{request.seed}"
     folder = stored.directory.evaluation
     folder.mkdir(exist_ok=True)
-    _write_npz(folder / f"{name}.npz", result, comparison.arrays(recipe, rows))
+    more = comparison.arrays(recipe, rows) | ({} if found is None else weighted.arrays(found))
+    _write_npz(folder / f"{name}.npz", result, more)
     write_json_atomic(folder / f"{name}.json", value)
     return value
 
@@ -190,7 +203,10 @@ def lines(value: dict[str, Any]) -> str:
     )
     header = ["bound", "bits/dim", "± se", "± se_mc", "bits/example"]
     table = console.clean(head) + "\n" + console.table(rows, header)
-    return f"{table}\n\n{comparison.lines(value)}" if "comparison" in value else table
+    parts = [table]
+    parts += [weighted.lines(value)] if "importance" in value else []
+    parts += [comparison.lines(value)] if "comparison" in value else []
+    return "\n\n".join(parts)
 
 
 def _row(term: dict[str, Any]) -> list[str]:
@@ -208,7 +224,18 @@ def _row(term: dict[str, Any]) -> list[str]:
 def run(path: Path, which: str, request: Request, device: str, as_json: bool) -> dict[str, Any]:
     """`nelbo evaluate`: open, measure, write, print."""
     stored = open_run(path, which, device_of(device))
+    found = _weigh(stored.recipe, request, device_of(device))
     result = measure(stored.recipe, stored.recipe.model, request)
-    value = write(stored, request, result, truth(stored.recipe, request))
+    value = write(stored, request, result, truth(stored.recipe, request), found)
     print(json.dumps(value, indent=1) if as_json else lines(value))
     return value
+
+
+def _weigh(recipe: Recipe, request: Request, device: str) -> ImportanceWeighted | None:
+    if request.importance is None:
+        return None
+    rows = getattr(recipe.dataset, request.split)[: request.limit]
+    weighing = weighted.Weighing(
+        request.importance, request.seed, request.batch, request.quiet, device
+    )
+    return weighted.measure(recipe, rows, weighing)
