@@ -67,7 +67,7 @@ def arrays(
             nor vectors, NaN or infinite values, constant data, too few examples.
     """
     path = existing_file(path)
-    found = _load(path, key, limit)
+    found = load(path, key, limit)
     rows = {part: _rows(array, path, levels, layout) for part, array in found.items()}
     origin = Provenance("arrays", path, levels=_levels(found, levels))
     total = len(rows["train"].values)
@@ -79,7 +79,12 @@ def arrays(
     return by_part(rows["train"], rows["test"], origin, validation=validation)
 
 
-def _load(path: Path, key: str | None, limit: int) -> dict[str, np.ndarray]:
+def load(path: Path, key: str | None, limit: int) -> dict[str, np.ndarray]:
+    """The arrays of a file by part ("train" alone, or with others), headers checked first.
+
+    Arguments:
+        key: of an .npz with several. limit: most bytes that an array may declare.
+    """
     with reading(path), path.open("rb") as file:
         start = file.read(6)
         file.seek(0)
