@@ -1,30 +1,38 @@
-"""Recipes of bits: Bernoulli diffusion on data of zeros and ones."""
+"""Recipes of bits: Bernoulli diffusion on data of zeros and ones, in rows or pictures."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
 from nelbo.binary import BernoulliDecoder, BinaryParameterization, Context, Flip, Logits
 from nelbo.data.base import Dataset
+from nelbo.data.bitrows import bitrows
 from nelbo.data.heartbeat import heartbeat, patterns
 from nelbo.decoders import EdgeFixed
 from nelbo.errors import UsageError
 from nelbo.objectives import Vlb
 from nelbo.processes.bernoulli import Bernoulli
 from nelbo.recipes.groups import BitDiffusion
-from nelbo.recipes.models import focus_of, mlp, schedule_of
-from nelbo.recipes.options import Heartbeat, name_of
+from nelbo.recipes.models import focus_of, mlp, schedule_of, unet
+from nelbo.recipes.options import Bits, Heartbeat, Mnist, Options, name_of
 from nelbo.recipes.patterns import PatternPosterior, expected_terms, number_of_states
-from nelbo.recipes.recipe import Recipe, Reference
+from nelbo.recipes.recipe import OPTIMUM, TRUTH, Recipe, Reference
 from nelbo.reverse import Decoder, Reverse
 
 MOST_STATES = 20_000_000
 """States times steps up to which the exact optimum is computed; this many take two minutes."""
 PAPER = {"length": 20, "period": 5, "stationary": 0.2, "latents": 2000, "schedule": "harmonic"}
 """The set-up of the paper; its table of L_null shows that the rate was .2."""
+GREY_ONLY = (
+    *("predict", "learn_betas", "variance", "decoder", "edge", "clip_x0", "objective"),
+    *("waves", "augment", "fourier"),
+)
+"""Options of an image recipe that say nothing of bits."""
 
 
 def bit_parameterization(options: BitDiffusion, times: Tensor) -> BinaryParameterization:
@@ -45,24 +53,94 @@ def bit_decoder(options: BitDiffusion) -> Decoder:
     return EdgeFixed() if options.decoder == "fixed" else BernoulliDecoder()
 
 
-def bit_model(options: BitDiffusion, network: nn.Module, times: Tensor) -> Reverse:
+def rate_of(options: BitDiffusion, dataset: Dataset) -> float:
+    """Pi: the number of the options, or the share of ones in the training part."""
+    if options.stationary == "data":
+        return int(dataset.train.sum()) / dataset.train.numel()
+    return options.stationary
+
+
+def bit_model(options: BitDiffusion, network: nn.Module, times: Tensor, rate: float) -> Reverse:
     """Put the parts together."""
-    process = Bernoulli(schedule_of(options), options.stationary)
+    process = Bernoulli(schedule_of(options), rate)
     return Reverse(process, network, bit_parameterization(options, times), bit_decoder(options))
 
 
-def words(options: BitDiffusion, network: nn.Module) -> dict[str, str]:
+def words(options: BitDiffusion, network: nn.Module, rate: float) -> dict[str, str]:
     """What the bound is a bound of, in words."""
     fixed = "fixed edge step, no parameters"
     return {
-        "process": f"Bernoulli diffusion, stationary rate {options.stationary:g}",
+        "process": f"Bernoulli diffusion, stationary rate {rate:.4g}",
         "parameterization": options.predict,
         "variance": "none (bits)",
         "decoder": fixed if options.decoder == "fixed" else "bernoulli",
         "grid": f"{options.latents} latents, {options.schedule}",
+        "clip": "none",
         "objective": "vlb",
         "parameters": f"{sum(p.numel() for p in network.parameters())}",
     }
+
+
+def bit_recipe(
+    options: Options, chain: BitDiffusion, dataset: Dataset, network: nn.Module, **more: Any
+) -> Recipe:
+    """A recipe of any data of bits.
+
+    Arguments:
+        options: of the run. chain: those of them that make the Bernoulli diffusion.
+        network: gives as many values as there are bits. more: further fields of the recipe.
+    """
+    times = schedule_of(chain).grid(chain.latents)
+    rate = rate_of(chain, dataset)
+    return Recipe(
+        name=name_of(options),
+        options=options,
+        dataset=dataset,
+        model=bit_model(chain, network, times, rate),
+        times=times,
+        objective=Vlb(times, focus_of(chain, times)),
+        description=words(chain, network, rate),
+        **more,
+    )
+
+
+def rows_recipe(options: Bits) -> Recipe:
+    """Rows of bits from a file, with a residual perceptron."""
+    dataset = bitrows(options.path)
+    network = mlp(dataset.dims, options.width, options.depth, dataset.dims)
+    return bit_recipe(options, options, dataset, network)
+
+
+def binary_images(options: Mnist, dataset: Dataset) -> Recipe:
+    """Pictures of bits, with a U-Net.
+
+    Raises:
+        UsageError: options that only mean something for grey levels.
+    """
+    refuse_grey_options(options)
+    chain = BitDiffusion(
+        schedule=options.schedule,
+        logsnr_max=options.logsnr_max,
+        logsnr_min=options.logsnr_min,
+        latents=options.latents,
+        focus=options.focus,
+        stationary=options.stationary,
+        predict=options.bits,
+    )
+    shape = dataclasses.replace(options, fourier=())
+    network = unet(shape, dataset.shape(), dataset.shape()[0], schedule_of(chain))
+    return bit_recipe(options, chain, dataset, network)
+
+
+def refuse_grey_options(options: Mnist) -> None:
+    """Nothing that was typed is ignored in silence."""
+    defaults = {f.name: f.default for f in dataclasses.fields(options)}
+    typed = [k for k in GREY_ONLY if getattr(options, k) != defaults[k]]
+    if typed:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in typed)
+        raise UsageError(
+            f"--binarize leaves no grey levels, for which {names} would be: leave out"
+        )
 
 
 def heartbeat_recipe(options: Heartbeat) -> Recipe:
@@ -70,18 +148,8 @@ def heartbeat_recipe(options: Heartbeat) -> Recipe:
     dataset = heartbeat(options.length, options.period, seed=options.seed)
     times = schedule_of(options).grid(options.latents)
     network = mlp(dataset.dims, options.width, options.depth, dataset.dims)
-    model = bit_model(options, network, times)
-    return Recipe(
-        name=name_of(options),
-        options=options,
-        dataset=dataset,
-        model=model,
-        times=times,
-        objective=Vlb(times, focus_of(options, times)),
-        exact=exact_heartbeat(options),
-        description=words(options, network),
-        references=references(options, dataset, times),
-    )
+    more = {"exact": exact_heartbeat(options), "references": references(options, dataset, times)}
+    return bit_recipe(options, options, dataset, network, **more)
 
 
 def exact_heartbeat(options: Heartbeat) -> Reverse:
@@ -103,10 +171,8 @@ def references(
         if number_of_states(options.length, options.period) * len(times) <= MOST_STATES:
             exact = exact_heartbeat(options).double()
             terms = expected_terms(exact, options.length, options.period, times)
-            found.append(
-                Reference("exact optimum of this set-up", -float(terms.sum()) / math.log(2))
-            )
+            found.append(Reference(OPTIMUM, -float(terms.sum()) / math.log(2)))
         assert dataset.truth is not None
-        return (*found, Reference("truth", -dataset.truth.entropy / math.log(2)))
+        return (*found, Reference(TRUTH, -dataset.truth.entropy / math.log(2)))
 
     return compute

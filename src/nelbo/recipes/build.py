@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any, cast
 
 from torch import Tensor
 
 from nelbo.data.augmentation import Affine
 from nelbo.data.base import Dataset
+from nelbo.data.binarized import binarized
 from nelbo.data.cifar import cifar10
+from nelbo.data.deadleaves import deadleaves
 from nelbo.data.embedded import digits
 from nelbo.data.sources import open_path
+from nelbo.data.texture import texture
 from nelbo.data.toys import swissroll
 from nelbo.errors import InputRefused, UsageError
+from nelbo.estimate import Estimate
+from nelbo.evaluation import evaluate
 from nelbo.networks.heads import LevelHead
 from nelbo.objectives import Augmented
 from nelbo.randomness import seeded
 from nelbo.recipes import options as o
-from nelbo.recipes.bits import heartbeat_recipe
+from nelbo.recipes.bits import binary_images, heartbeat_recipe, rows_recipe
 from nelbo.recipes.models import (
     assemble,
     exact_model,
@@ -29,7 +36,13 @@ from nelbo.recipes.models import (
     schedule_of,
     unet,
 )
-from nelbo.recipes.recipe import Recipe
+from nelbo.recipes.recipe import OPTIMUM, TRUTH, Recipe, Reference
+from nelbo.reverse import Reverse
+
+PIXEL = "bits/pixel"
+EXACT_CALLS, PILOT = 64, 64
+"""Calls per example with which the exact denoiser is measured, and examples for their design."""
+Pictures = o.Digits | o.DeadLeaves | o.Texture | o.Images | o.Mnist | o.Cifar10
 
 
 def build(options: o.Options) -> Recipe:
@@ -46,17 +59,59 @@ def build(options: o.Options) -> Recipe:
             return _swissroll(options)
         if isinstance(options, o.Heartbeat):
             return heartbeat_recipe(options)
+        if isinstance(options, o.Bits):
+            return rows_recipe(options)
+        if isinstance(options, o.DeadLeaves | o.Texture):
+            return _pictures(options)
         if isinstance(options, o.Vectors):
             return _vectors(options, open_path(options.path))
         if isinstance(options, o.Images):
             return _images(options, open_path(options.path, size=options.size))
         if isinstance(options, o.Mnist):
-            return _images(options, open_path(options.path))
+            return _mnist(options, open_path(options.path))
         assert isinstance(options, o.Cifar10)
-        return _images(options, cifar10(options.path))
+        return _cifar10(options)
 
 
-def _images(options: o.Digits | o.Images | o.Mnist | o.Cifar10, dataset: Dataset) -> Recipe:
+def _mnist(options: o.Mnist, dataset: Dataset) -> Recipe:
+    if options.binarize == "none":
+        if (options.bits, options.stationary) != ("context", 0.5):
+            raise UsageError("--bits and --stationary speak of bits: give --binarize as well")
+        return _images(options, dataset)
+    return binary_images(options, binarized(dataset, options.binarize, options.seed))
+
+
+def _pictures(options: o.DeadLeaves | o.Texture) -> Recipe:
+    """Pictures of the paper, its figures beside them where they are of the same kind."""
+    name = "Sohl-Dickstein et al. 2015, table 1"
+    if isinstance(options, o.DeadLeaves):
+        leaves = deadleaves(
+            options.examples,
+            seed=options.seed,
+            size=options.size,
+            radius_min=options.radius_min,
+            radius_max=options.radius_max,
+        )
+        # which radii and levels theirs had is not known
+        known = (Reference(f"{name} (other dead leaves)", 1.489, PIXEL),)
+        return dataclasses.replace(_images(options, leaves), references=lambda: known)
+    channels = 3 if options.color else 1
+    crops = texture(options.path, options.size, channels, options.examples, seed=options.seed)
+    recipe = _images(options, crops)
+    if options.color:
+        return recipe
+    bark = (Reference(f"{name} (another bark)", -0.55, PIXEL),)
+    return dataclasses.replace(recipe, references=lambda: bark)
+
+
+def _cifar10(options: o.Cifar10) -> Recipe:
+    """CIFAR-10; the paper's figure is 5.4 ± 0.2 bits per pixel, not per dimension."""
+    known = (Reference("Sohl-Dickstein et al. 2015, table 1", 5.4, PIXEL, 0.2),)
+    recipe = _images(options, cifar10(options.path))
+    return dataclasses.replace(recipe, references=lambda: known)
+
+
+def _images(options: Pictures, dataset: Dataset) -> Recipe:
     if dataset.levels is None:
         raise InputRefused(
             f"{dataset.name} holds real vectors, not images: use the recipe vectors"
@@ -90,8 +145,41 @@ def _vectors(options: o.Vectors | o.SwissRoll, dataset: Dataset, **more: Any) ->
 
 def _swissroll(options: o.SwissRoll) -> Recipe:
     dataset = swissroll(options.examples, seed=options.seed)
-    exact = exact_model(options, dataset.scaled_components(), _grid(options)[0])
-    return _vectors(options, dataset, exact=exact)
+    times = _grid(options)[0]
+    exact = exact_model(options, dataset.scaled_components(), times)
+    known = _references(dataset, exact, times, options.seed)
+    return _vectors(options, dataset, exact=exact, references=known)
+
+
+def _references(
+    dataset: Dataset, exact: Reverse, times: Tensor, seed: int
+) -> Callable[[], tuple[Reference, ...]]:
+    """−h of the truth and −L of the exact denoiser on the same grid, on the model's scale.
+
+    The exact denoiser is measured by E L(x) + log q(x), which leaves out how the test examples
+    differ from the truth.
+    """
+
+    def compute() -> tuple[Reference, ...]:
+        assert dataset.truth is not None
+        result = evaluate(
+            exact,
+            dataset.test,
+            times,
+            encode=dataset.encode,
+            calls=EXACT_CALLS,
+            pilot=dataset.train[:PILOT],
+            seed=seed,
+            offset=dataset.offset(),
+        )
+        gap = Estimate.of(result.values()["total"] + dataset.truth.log_prob(dataset.test)).bits()
+        truth = (dataset.offset() - dataset.truth.entropy) / math.log(2)
+        return (
+            Reference(OPTIMUM, truth - gap.mean, se=gap.se),
+            Reference(TRUTH, truth),
+        )
+
+    return compute
 
 
 def _grid(options: o.Diffusion) -> tuple[Tensor, Any]:

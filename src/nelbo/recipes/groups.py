@@ -115,8 +115,8 @@ class Diffusion(Noise):
 class BitDiffusion(Noise):
     """Bernoulli diffusion of bits, and what the network's output means."""
 
-    stationary: float = 0.5
-    """Pi, the rate of ones of pure noise."""
+    stationary: float | Literal["data"] = 0.5
+    """Pi, the rate of ones of pure noise; data: that of the training part."""
     predict: Literal["logits", "context", "flip"] = "logits"
     """The network gives P(x_0=1|x_t), what the other bits say of it, or the next step's flips."""
     decoder: Literal["bernoulli", "fixed"] = "bernoulli"

@@ -55,6 +55,9 @@ LIMITS: dict[str, tuple[float, float]] = {
     "period": (2, 2**62),
     "stationary": (1e-9, 1 - 1e-9),
     "size": COUNT,
+    "hole": COUNT,
+    "radius_min": POSITIVE,
+    "radius_max": POSITIVE,
     "limit": COUNT,
     "n": COUNT,
     "eta": FRACTION,
@@ -65,14 +68,14 @@ def check(options: Any) -> None:
     """Refuse numbers that no run can use.
 
     Arguments:
-        options: a dataclass of options; None stands for "not given".
+        options: a dataclass of options; None and words stand for no number.
     Raises:
         UsageError: names the option and what it may be.
     """
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         for number in value if isinstance(value, tuple) else (value,):
-            if field.name in LIMITS and number is not None:
+            if field.name in LIMITS and isinstance(number, int | float):
                 _check(field.name, number)
     if getattr(options, "multipliers", None) == ():
         raise UsageError("--multipliers: give at least one")

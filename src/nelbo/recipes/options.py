@@ -79,6 +79,7 @@ class Heartbeat(Options, BitDiffusion):
     period: int = 5
     """A one at every so-manieth place."""
     stationary: float = 0.2
+    """Pi, the rate of ones of pure noise."""
     schedule: Literal["logsnr", "linear", "cosine", "harmonic"] = "harmonic"
     latents: int = 2000
     decoder: Literal["bernoulli", "fixed"] = "fixed"
@@ -94,6 +95,50 @@ class Heartbeat(Options, BitDiffusion):
     save_every: int = 4000
     calls: int | None = None
     samples: int = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeadLeaves(Options, Diffusion, UNetShape):
+    """Dead leaves: grey disks that occlude each other, radii of density r^-3."""
+
+    examples: int = 10_000
+    """Training images."""
+    size: int = 32
+    """Side of an image."""
+    radius_min: float = 2.0
+    """Least radius of a disk, pixels."""
+    radius_max: float = 16.0
+    """Greatest radius of a disk, pixels."""
+    steps: int = 3000
+    batch: int = 32
+    channels: int = 32
+    layers: int = 1
+    attention: tuple[int, ...] = (8,)
+    dropout: float = 0.0
+    calls: int | None = 16
+    samples: int = 36
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texture(Options, Diffusion, UNetShape):
+    """Random crops of one photograph, from regions that share no pixel."""
+
+    path: tyro.conf.Positional[Path]
+    """The photograph."""
+    examples: int = 20_000
+    """Training crops."""
+    size: int = 32
+    """Side of a crop."""
+    color: bool = False
+    """RGB crops instead of grey ones."""
+    steps: int = 3000
+    batch: int = 32
+    channels: int = 32
+    layers: int = 1
+    attention: tuple[int, ...] = (8,)
+    dropout: float = 0.0
+    calls: int | None = 16
+    samples: int = 36
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,13 +172,41 @@ class Vectors(Options, Diffusion):
 
 @dataclass(frozen=True, kw_only=True)
 class Mnist(Options, Diffusion, UNetShape):
-    """MNIST-format IDX files (plain or .gz), a file of images or the folder that holds them."""
+    """MNIST-format IDX files (plain or .gz), grey or as bits (--binarize)."""
 
     path: tyro.conf.Positional[Path]
-    """File or folder."""
+    """File of images, or the folder that holds the files."""
+    binarize: Literal["none", "threshold", "stochastic"] = "none"
+    """Bits by a threshold at half, or one fixed coin per pixel; Bernoulli diffusion of them."""
+    bits: Literal["context", "logits"] = "context"
+    """With --binarize: the network gives what the other bits say of one, or P(x_0=1|x_t)."""
+    stationary: float | Literal["data"] = 0.5
+    """With --binarize: pi, the rate of ones of pure noise; data: that of the training part."""
+    schedule: Literal["logsnr", "linear", "cosine", "harmonic"] = "logsnr"
     multipliers: tuple[int, ...] = (1, 2)
+    layers: int = 1
     attention: tuple[int, ...] = (14,)
     channels: int = 32
+    calls: int | None = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bits(Options, BitDiffusion):
+    """An .npy/.npz array of zeros and ones, N x D."""
+
+    path: tyro.conf.Positional[Path]
+    """Array file."""
+    stationary: float | Literal["data"] = "data"
+    predict: Literal["logits", "context", "flip"] = "context"
+    schedule: Literal["logsnr", "linear", "cosine", "harmonic"] = "harmonic"
+    latents: int = 500
+    width: int = 256
+    """Hidden width of the network."""
+    depth: int = 3
+    """Residual blocks."""
+    steps: int = 10_000
+    batch: int = 256
+    samples: int = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,8 +230,11 @@ RECIPES: dict[str, type[Options]] = {
     "digits": Digits,
     "swissroll": SwissRoll,
     "heartbeat": Heartbeat,
+    "deadleaves": DeadLeaves,
+    "texture": Texture,
     "images": Images,
     "vectors": Vectors,
+    "bits": Bits,
     "mnist": Mnist,
     "cifar10": Cifar10,
 }

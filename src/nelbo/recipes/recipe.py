@@ -12,13 +12,18 @@ from nelbo.objectives import Augmented, Objective
 from nelbo.recipes.options import Options
 from nelbo.reverse import Reverse
 
+TRUTH, OPTIMUM = "truth", "exact optimum of this set-up"
+"""Names of the references between which a model's gap is put: −h, and what no model exceeds."""
+
 
 @dataclass(frozen=True)
 class Reference:
-    """A figure that a run is compared with: −L or K, in bits per example."""
+    """A figure that a run is compared with: −L or K, in bits per example or per pixel."""
 
     name: str
     bits: float
+    unit: str = "bits/example"
+    se: float = 0.0
 
 
 @dataclass(frozen=True)
