@@ -65,6 +65,8 @@ class Sample:
     """Picture (with --mask) or .npy (NaN: unknown) to fill in, of the model's size."""
     mask: Path | None = None
     """Picture or .npy: white (1) where --observe is known, black (0) where to fill in."""
+    hole: int | None = None
+    """Side of a square to fill in, in the middle of --observe or of the first test image."""
     denoise: Path | None = None
     """Picture or .npy to take noise off, of the model's size."""
     noise: float | None = None

@@ -25,7 +25,7 @@ from nelbo.errors import UsageError
 from nelbo.files import exhausted, write_file
 from nelbo.pictures import save_grid
 from nelbo.randomness import key
-from nelbo.walks.conditions import Condition, check, condition_of
+from nelbo.walks.conditions import Condition, check, condition_of, source
 from nelbo.walks.sample import grid_of
 from nelbo.walks.stored import Stored, device_of, open_run
 
@@ -39,7 +39,7 @@ FEW = 4.0
 
 def asked(options: Sample) -> bool:
     """Whether the options speak of a condition."""
-    parts = (options.observe, options.mask, options.denoise, options.noise)
+    parts = (options.observe, options.mask, options.hole, options.denoise, options.noise)
     return any(part is not None for part in parts)
 
 
@@ -60,11 +60,9 @@ def run(options: Sample) -> None:
     condition = condition_of(options, stored.recipe.dataset)
     times = grid_of(stored.recipe, options.steps)
     found = draw(stored, condition, times, options, device)
-    path = options.observe or options.denoise
-    assert path is not None
-    name = (
-        f"{condition.kind}-{path.stem}-step{stored.step:08d}-grid{len(times)}-seed{options.seed}"
-    )
+    hole = f"-hole{options.hole}" if options.hole else ""
+    what = f"{condition.kind}-{source(options).stem}{hole}"
+    name = f"{what}-step{stored.step:08d}-grid{len(times)}-seed{options.seed}"
     folder = options.out or stored.directory.samples / name
     paths = write(folder, stored.recipe.dataset, condition, found, options.seed)
     value = summary(found, condition)

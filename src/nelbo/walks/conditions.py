@@ -74,6 +74,10 @@ def check(options: Sample) -> None:
     """
     if options.observe is not None and options.denoise is not None:
         raise UsageError("--observe and --denoise are two conditions: take one of them")
+    if options.hole is not None and (options.mask or options.denoise):
+        raise UsageError(
+            "--hole is a mask of its own, of --observe or a test image: give it alone"
+        )
     if options.mask is not None and options.observe is None:
         raise UsageError("--mask says what of --observe IMAGE is known: give both")
     if (options.noise is None) != (options.denoise is None):
@@ -89,6 +93,11 @@ def check(options: Sample) -> None:
         )
 
 
+def source(options: Sample) -> Path:
+    """The file that is the condition; a name for the first test image."""
+    return options.observe or options.denoise or Path("test0")
+
+
 def condition_of(options: Sample, dataset: Dataset) -> Condition:
     """Read the files that the options name.
 
@@ -96,11 +105,15 @@ def condition_of(options: Sample, dataset: Dataset) -> Condition:
         InputRefused: a file that cannot be read, does not fit the model, or says nothing.
         UsageError: a picture without a mask.
     """
-    path = options.observe or options.denoise
-    assert path is not None
-    values = _values(path, dataset)
+    path = source(options)
+    if options.observe is None and options.denoise is None:
+        values = _in_units(dataset.test[0].double(), dataset, path)
+    else:
+        values = _values(path, dataset)
     mask = ~values.numbers.isnan()
-    if options.mask is not None:
+    if options.hole is not None:
+        mask = mask & _around(options.hole, dataset)
+    elif options.mask is not None:
         mask = mask & _mask(options.mask, dataset)
     elif options.observe is not None and bool(mask.all()):
         raise UsageError(
@@ -169,13 +182,27 @@ def _on_levels(values: Values, mask: Tensor, dataset: Dataset, path: Path) -> Te
 
 
 def _refuse_trivial(options: Sample, mask: Tensor) -> None:
-    path = options.mask or options.observe or options.denoise
+    path = options.mask or source(options)
     if not bool(mask.any()):
         raise InputRefused(f"{path}: nothing is known (no white pixel, or all NaN)")
-    if options.observe is not None and bool(mask.all()):
+    if options.denoise is None and bool(mask.all()):
         raise InputRefused(
             f"{path}: everything is known (all white); black pixels are those to fill in"
         )
+
+
+def _around(hole: int, dataset: Dataset) -> Tensor:
+    """(*shape) bool: known outside a square in the middle."""
+    shape = dataset.shape()
+    if len(shape) != 3 or hole >= min(shape[1:]):
+        raise UsageError(
+            f"--hole {hole}: this model's examples have shape {shape}; a hole is for images and "
+            "smaller than their sides"
+        )
+    mask = torch.ones(shape, dtype=torch.bool)
+    top, left = ((side - hole) // 2 for side in shape[1:])
+    mask[:, top : top + hole, left : left + hole] = False
+    return mask
 
 
 # --- files ---------------------------------------------------------------------------------------
