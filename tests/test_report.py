@@ -291,6 +291,28 @@ def test_comparison_of_a_run_of_bits(tmp_path: Path) -> None:
     assert [row.ours for row in compared.dots(document)] == [False, True, True, False]
 
 
+def test_comparison_of_pictures_says_how_k_converts(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run")
+    document = json.loads((path / "evaluation/test.json").read_text())
+    pixel = {"se": 0.02, "se_mc": None, "n": 297, "unit": "bits/pixel"}
+    document["comparison"] = {
+        "K": {"mean": 0.75, **pixel},
+        "minus_bound": {"mean": -1.76, **pixel},
+        "null": {"mean": -2.047, **pixel, "se": 0.0},
+        "bound_nats": {"mean": 78.26, **pixel, "unit": "nats/image"},
+        "gap_ratio": 1.125,
+        "references": {"some paper": 1.5},
+        "sigma_levels": 5.75,
+        "dims_per_pixel": 1,
+        "conversion": "bits/dim = log2(sigma_levels) - K/dims_per_pixel",
+    }
+    (path / "evaluation/test.json").write_text(json.dumps(document))
+    page = Page(report.write(path))
+    assert page.values()[-5:] == [1.5, 0.75, -2.047, 1.125, 78.26]
+    assert "log₂ σ − K/1, with σ = 5.75 levels" in page.text
+    assert "78.260 ± 0.020 nats/image" in page.text and "bits/pixel" in page.text
+
+
 def test_an_importance_weighted_figure_stands_with_its_number_and_size(tmp_path: Path) -> None:
     path = make_run(tmp_path / "roll", "swissroll", (2,), None)
     document = json.loads((path / "evaluation/test.json").read_text())

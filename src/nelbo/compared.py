@@ -1,7 +1,7 @@
 """The comparison block of an evaluation as rows: K and −L, what they are compared with, L_null.
 
-Everything is in the unit of the block, the larger the better. Figures without an error are exact
-or published; they come from the evaluation's document, nothing is looked up here.
+All but a few are in the unit of the block, the larger the better. Figures without an error are
+exact or published; they come from the evaluation's document, nothing is looked up here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,12 @@ ABOUT = {
     "null": "L_null, pure noise alone",
     "K_minus_null": "K − L_null",
     "K_plus_bound": "K + L, expected",
+    "gap": "gap: truth − (−L)",
+    "gap_optimum": "gap of the exact optimum, same grid",
+    "gap_ratio": "ratio of the two gaps",
+    "bound_nats": "L, the bound in nats",
 }
+SETTING = ("conversion", "references", "sigma_levels", "dims_per_pixel")
 
 
 @dataclass(frozen=True)
@@ -27,29 +32,37 @@ class Line:
     label: str
     entry: Json
     ours: bool = False
+    unit: str = ""
+    """Where it is not that of the others."""
+
+
+def is_picture(document: Json) -> bool:
+    """Whether K is of dequantised images, another object than the bound of the levels."""
+    return "conversion" in document.get("comparison", {})
 
 
 def ranked(document: Json) -> list[Line]:
     """What can be put on one axis, the best first: this model's figures and the references."""
     block = document.get("comparison", {})
-    lines = [Line(OURS[name], block[name], True) for name in OURS if name in block]
+    ours = ("K",) if is_picture(document) else tuple(OURS)
+    lines = [Line(OURS[name], block[name], True) for name in ours if name in block]
     lines += [Line(name, {"mean": x}) for name, x in block.get("references", {}).items()]
     return sorted(lines, key=lambda line: -line.entry["mean"])
 
 
 def about(document: Json) -> list[Line]:
     """The figures that say what K is worth, and those that this version has no place for."""
-    block = {k: v for k, v in document.get("comparison", {}).items() if "mean" in _entry(v)}
-    order = [*ABOUT, *(name for name in block if name not in ABOUT and name not in OURS)]
-    return [
-        Line(ABOUT.get(name, name.replace("_", " ")), block[name])
-        for name in order
-        if name in block
-    ]
+    block = document.get("comparison", {})
+    others = [name for name in block if name not in {*ABOUT, *OURS, *SETTING}]
+    main = unit(document)
+    return [_line(name, block[name], main) for name in [*ABOUT, *others] if name in block]
 
 
-def _entry(value: object) -> Json:
-    return value if isinstance(value, dict) else {}
+def _line(name: str, value: Json | float, main: str) -> Line:
+    entry = value if isinstance(value, dict) else {"mean": value}
+    unit = entry.get("unit", "bits/example")
+    other = "" if unit in (main, "bits/example") else str(unit)
+    return Line(ABOUT.get(name, name.replace("_", " ")), entry, unit=other)
 
 
 def unit(document: Json) -> str:
