@@ -1,0 +1,76 @@
+"""The documents keep their word: links lead somewhere, commands parse, numbers come out."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from nelbo import cli
+from nelbo.recipes.options import RECIPES
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGES = [DOCS / f"{name}.md" for name in ("units", "likelihood", "conditioning")]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.M | re.S)
+
+
+def commands() -> list[list[str]]:
+    lines = [line for page in PAGES for block in blocks(page, "sh") for line in block.splitlines()]
+    inline = [text for page in PAGES for text in re.findall(r"`(nelbo [^`]+)`", page.read_text())]
+    words = [shlex.split(line) for line in [*lines, *inline]]
+    return [found[1:] for found in words if found[0] == "nelbo"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_to_files_that_hold_what_they_are_called(page: Path) -> None:
+    links = re.findall(r"\[`?([^]`]+)`?\]\(([^)#]+)\)", page.read_text())
+    assert links
+    for name, target in links:
+        file = (page.parent / target).resolve()
+        assert file.is_file(), target
+        if file.suffix == ".py" and "/" not in name and not name.endswith(".py"):
+            source = file.read_text()
+            for part in name.split("."):
+                assert re.search(rf"\b(def|class) {part}\b|^    {part}: ", source, re.M), name
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_commands_parse(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert words[0] in cli.COMMANDS
+    assert words[0] != "train" or words[1] in RECIPES
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*words, "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in words if word.startswith("--"))
+
+
+def printed(code: str) -> str:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(compile(code, "docs", "exec"), {"__name__": "docs"})
+    return out.getvalue()
+
+
+def test_the_conversion_of_units_comes_out_as_printed() -> None:
+    (code,) = blocks(DOCS / "units.md", "python")
+    assert f"```\n{printed(code)}```" in (DOCS / "units.md").read_text()
+
+
+def test_the_plain_product_misses_what_the_weights_reach() -> None:
+    """As the page prints it, to 0.03: sampling may differ in rounding from machine to machine."""
+    (code,) = blocks(DOCS / "conditioning.md", "python")
+    numbers = [float(x) for x in re.findall(r"(?:mean|variance) (-?\d\.\d+)", printed(code))]
+    page = (DOCS / "conditioning.md").read_text()
+    shown = re.search(r"```\n(plain product.*?)```", page, re.S)
+    assert shown is not None
+    stated = [float(x) for x in re.findall(r"(?:mean|variance) (-?\d\.\d+)", shown[1])]
+    assert numbers == pytest.approx(stated, abs=0.03) and len(numbers) == 4
+    assert abs(numbers[0] - 0.8) > 0.05 and abs(numbers[2] - 0.8) < 0.03
