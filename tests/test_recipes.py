@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from oracles import assert_mean
+from PIL import Image
 from tiny import silent
 
 from nelbo import objectives
@@ -25,12 +26,16 @@ from nelbo.recipes import limits
 from nelbo.recipes.build import build
 from nelbo.recipes.options import (
     RECIPES,
+    Bits,
     Cifar10,
+    DeadLeaves,
     Digits,
+    Heartbeat,
     Images,
     Mnist,
     Options,
     SwissRoll,
+    Texture,
     Vectors,
     name_of,
     restored,
@@ -63,6 +68,8 @@ def of_every_kind(folder: Path) -> dict[str, Options]:
     """Options of each recipe, with small data where it needs some."""
     np.save(folder / "images.npy", noise(60, 3, 8, 8))
     np.save(folder / "vectors.npy", np.random.default_rng(0).normal(3, 2, (60, 5)))
+    np.save(folder / "bits.npy", noise(60, 5) > 99)
+    Image.fromarray(noise(20, 120)).save(folder / "photo.png")
     idx = bytes([0, 0, 8, 3]) + b"".join(n.to_bytes(4, "big") for n in (60, 8, 8))
     (folder / "train-images-idx3-ubyte").write_bytes(idx + noise(60, 8, 8).tobytes())
     (folder / "cifar").mkdir()
@@ -73,8 +80,12 @@ def of_every_kind(folder: Path) -> dict[str, Options]:
     return {
         "digits": digits(),
         "swissroll": SwissRoll(**TOY),
+        "heartbeat": Heartbeat(latents=10, width=16, depth=1),
+        "deadleaves": DeadLeaves(**SMALL, size=8, examples=40),
+        "texture": Texture(path=folder / "photo.png", **SMALL, size=8, examples=40),
         "images": Images(path=folder / "images.npy", **SMALL),
         "vectors": Vectors(path=folder / "vectors.npy", latents=10, width=16, depth=1),
+        "bits": Bits(path=folder / "bits.npy", latents=10, width=16, depth=1),
         "mnist": Mnist(path=folder / "train-images-idx3-ubyte", **SMALL),
         "cifar10": Cifar10(path=folder / "cifar", **SMALL),
     }

@@ -30,7 +30,7 @@ PAPER = {"length": 20, "period": 5, "stationary": 0.2, "latents": 2000, "schedul
 """The set-up of the paper; its table of L_null shows that the rate was .2."""
 GREY_ONLY = (
     *("predict", "learn_betas", "variance", "decoder", "edge", "clip_x0", "objective"),
-    *("waves", "augment", "fourier"),
+    *("waves", "augment", "fourier", "schedule"),
 )
 """Options of an image recipe that say nothing of bits."""
 
@@ -119,7 +119,7 @@ def binary_images(options: Mnist, dataset: Dataset) -> Recipe:
     """
     refuse_grey_options(options)
     chain = BitDiffusion(
-        schedule=options.schedule,
+        schedule=options.bit_schedule,
         logsnr_max=options.logsnr_max,
         logsnr_min=options.logsnr_min,
         latents=options.latents,

@@ -182,12 +182,21 @@ class Mnist(Options, Diffusion, UNetShape):
     """With --binarize: the network gives what the other bits say of one, or P(x_0=1|x_t)."""
     stationary: float | Literal["data"] = 0.5
     """With --binarize: pi, the rate of ones of pure noise; data: that of the training part."""
-    schedule: Literal["logsnr", "linear", "cosine", "harmonic"] = "logsnr"
+    bit_schedule: Literal["logsnr", "linear", "cosine", "harmonic"] = "cosine"
+    """With --binarize: instead of --schedule."""
     multipliers: tuple[int, ...] = (1, 2)
     layers: int = 1
     attention: tuple[int, ...] = (14,)
-    channels: int = 32
+    channels: int = 24
+    dropout: float = 0.0
+    steps: int = 3000
+    batch: int = 32
+    rate: float = 2e-3
+    ema: float = 0.998
+    validate_every: int = 1500
+    save_every: int = 500
     calls: int | None = 8
+    samples: int = 36
 
 
 @dataclass(frozen=True, kw_only=True)
