@@ -429,8 +429,10 @@ def test_recipes_json() -> None:
     value = json.loads(out)
     assert code == 0 and value["schema"] == 1 and list(value["recipes"]) == list(RECIPES)
     assert [n for n, r in value["recipes"].items() if r["path"]] == [
+        "texture",
         "images",
         "vectors",
+        "bits",
         "mnist",
         "cifar10",
     ]
