@@ -19,7 +19,7 @@ ABOUT = {
     "K_plus_bound": "K + L, expected",
     "gap": "gap: truth − (−L)",
     "gap_optimum": "gap of the exact optimum, same grid",
-    "gap_ratio": "ratio of the two gaps",
+    "gap_ratio": "ratio of the two gaps, no unit",
     "bound_nats": "L, the bound in nats",
 }
 SETTING = ("conversion", "references", "sigma_levels", "dims_per_pixel")
