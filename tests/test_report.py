@@ -311,6 +311,12 @@ def test_comparison_of_pictures_says_how_k_converts(tmp_path: Path) -> None:
     assert page.values()[-5:] == [1.5, 0.75, -2.047, 1.125, 78.26]
     assert "log₂ σ − K/1, with σ = 5.75 levels" in page.text
     assert "78.260 ± 0.020 nats/image" in page.text and "bits/pixel" in page.text
+    assert (path / "report/comparison.png").is_file()
+    document["comparison"]["references"] = {}
+    (path / "evaluation/test.json").write_text(json.dumps(document))
+    alone = Page(report.write(path))
+    assert alone.values()[-4:] == [0.75, -2.047, 1.125, 78.26]
+    assert not (path / "report/comparison.png").exists()
 
 
 def test_an_importance_weighted_figure_stands_with_its_number_and_size(tmp_path: Path) -> None:

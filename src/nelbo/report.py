@@ -104,7 +104,7 @@ def _codes(document: Json) -> dict[str, Picture]:
         charts["baselines"] = _baselines(document), True, figures.UNIT
     if document.get("truth"):
         charts["truth"] = _truth(document), False, figures.UNIT
-    if document.get("comparison"):
+    if len(compared.ranked(document)) > 1:
         charts["comparison"] = compared.dots(document), False, compared.unit(document)
     return {name: _both(partial(dots.comparison, *chart)) for name, chart in charts.items()}
 
