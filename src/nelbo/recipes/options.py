@@ -180,7 +180,7 @@ class Mnist(Options, Diffusion, UNetShape):
     """Bits by a threshold at half, or one fixed coin per pixel; Bernoulli diffusion of them."""
     bits: Literal["context", "logits"] = "context"
     """With --binarize: the network gives what the other bits say of one, or P(x_0=1|x_t)."""
-    stationary: float | Literal["data"] = 0.5
+    stationary: float | Literal["data"] = "data"
     """With --binarize: pi, the rate of ones of pure noise; data: that of the training part."""
     bit_schedule: Literal["logsnr", "linear", "cosine", "harmonic"] = "cosine"
     """With --binarize: instead of --schedule."""
