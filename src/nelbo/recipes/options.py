@@ -146,7 +146,7 @@ class Digits(Options, Diffusion, UNetShape):
 
     validation: int = 100
     """Images held out of the training part to watch the bound."""
-    steps: int = 1500
+    steps: int = 2000
     predict: Literal["epsilon", "x0", "velocity", "mean", "levels"] = "levels"
     decoder: Literal["discretized", "mass", "density"] = "mass"
     logsnr_max: float = 8.0
@@ -166,7 +166,7 @@ class Digits(Options, Diffusion, UNetShape):
     rate: float = 2e-3
     ema: float = 0.998
     validate_every: int = 500
-    save_every: int = 500
+    save_every: int = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
