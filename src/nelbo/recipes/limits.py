@@ -31,6 +31,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "validate_calls": (4, 2**62),
     "save_every": COUNT,
     "calls": (4, 2**62),
+    "importance": COUNT,
     "samples": COUNT,
     "threads": COUNT,
     "latents": COUNT,
