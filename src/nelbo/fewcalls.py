@@ -11,9 +11,10 @@ probabilities p_i, and
 two mirrored nodes in each stratum (and one node in a stratum of half the width if k is odd). Every
 node is uniform on its stratum, so the estimate is unbiased; what is linear within a stratum costs
 nothing. G is a stand-in for the term with known expectation (`controls`);
-B_i = a_i + e_i E[G_i|x_0] is a guess of the term of this example, of which all N−1 are summed
-without the network. p_i is proportional to the spread of what is left. p, a, b, e are fixed
-beforehand on training examples: refitting them on the draws that they weigh would bias the result.
+B_i = a_i + e_i min(E[G_i|x_0], m_i) is a guess of the term of this example, of which all N−1 are
+summed without the network. p_i is proportional to the spread of what is left. p, a, b, e and m are
+fixed beforehand on training examples: refitting them on the draws that they weigh would bias the
+result.
 
 References:
     Neyman 1934 (allocation to strata); Hammersley, Morton 1956 (antithetic nodes).
@@ -41,13 +42,14 @@ class Design:
 
     Arguments:
         probability: p, with which pairs are drawn.
-        level, share: a and e of the guess B_i = a_i + e_i E[G_i|x_0], nats.
+        level, share, most: a, e and m of the guess B_i = a_i + e_i min(E[G_i|x_0], m_i), nats.
         slope: b, by which the fluctuation of G is taken away.
     """
 
     probability: Tensor
     level: Tensor
     share: Tensor
+    most: Tensor
     slope: Tensor
 
 
@@ -65,8 +67,10 @@ def pilot(drawer: Drawer, examples: Tensor, control: Control | None) -> Design:
 
     At up to 48 pairs two draws per example are taken. With f = G − E[G|x_0], half the mean product
     of the differences of the two draws is a covariance within an example: b = cov(term, f)/var(f).
-    a and e are the least-squares line of the mean term on E[G|x_0] over examples; p is the root
-    mean square of what is left. All are interpolated between the pairs measured, and p is mixed
+    a and e are the least-squares line of the mean term on E[G|x_0] over examples, which is trusted
+    up to the largest E[G|x_0] among them: an example unlike all of these (a pixel lit that never
+    was) would have a wild guess, and pay for it in variance. p is the root mean square of what is
+    left. All are interpolated between the pairs measured, and p is mixed
     with 5 % of its mean, so that no pair is left out.
 
     Arguments:
@@ -83,7 +87,7 @@ def pilot(drawer: Drawer, examples: Tensor, control: Control | None) -> Design:
         fits[:, j] = _fit(draws, expected[:, pair])
     spread, level, share, slope = (interpolated(at, values, pairs) for values in fits)
     spread = spread + 0.05 * spread.mean() + torch.finfo(torch.float64).tiny
-    return Design(spread / spread.sum(), level, share, slope)
+    return Design(spread / spread.sum(), level, share, expected.max(0).values, slope)
 
 
 def _fit(draws: list[tuple[Tensor, Tensor]], expected: Tensor) -> Tensor:
@@ -147,7 +151,8 @@ def _batch(
 ) -> tuple[Tensor, ...]:
     decoder, diffusion, pairs, terms = [], [], [], []
     cdf = design.probability.cumsum(0)
-    guess = design.level + design.share * _expected(control, x_0, drawer.times)
+    expected = torch.minimum(_expected(control, x_0, drawer.times), design.most)
+    guess = design.level + design.share * expected
     for r in range(2):
         decoder.append(drawer.term(x_0, rows, torch.tensor(0), "few", r, "decoder")[0])
         k = calls // 2 - 1 + (calls % 2 if r == 0 else 0)
