@@ -111,7 +111,7 @@ def test_the_report_shows_what_was_weighed(run: Path) -> None:
 
 def test_no_trajectory_is_no_measurement(run: Path) -> None:
     code, _, err = silent(["evaluate", str(run), "--importance", "0", "--quiet"])
-    assert code == 2 and "at least one" in err
+    assert code == 2 and "--importance 0" in err and "at least 1" in err
 
 
 def test_weights_that_are_all_zero_are_null_in_json() -> None:
