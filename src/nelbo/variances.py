@@ -33,11 +33,11 @@ class Variance(nn.Module, ABC):
     def between(self, pair: Pair, extra: Tensor | None, like: Tensor) -> Tensor:
         """log σ² for a pair, broadcastable to `like`; `extra` are the network's own channels."""
 
-    @abstractmethod
     def edge(
         self, log_low: Tensor, log_lose: Tensor, extra: Tensor | None, like: Tensor
     ) -> Tensor:
         """log σ² of the decoder; β̃ is 0 there, `log_low` is what the decoder puts in its place."""
+        return along(log_low, like)
 
 
 class Posterior(Variance):
@@ -46,22 +46,12 @@ class Posterior(Variance):
     def between(self, pair: Pair, extra: Tensor | None, like: Tensor) -> Tensor:
         return along(pair.log_posterior, like)
 
-    def edge(
-        self, log_low: Tensor, log_lose: Tensor, extra: Tensor | None, like: Tensor
-    ) -> Tensor:
-        return along(log_low, like)
-
 
 class Transition(Variance):
     """σ² = β, the variance of q(x_t|x_s): right when the data is N(0, I)."""
 
     def between(self, pair: Pair, extra: Tensor | None, like: Tensor) -> Tensor:
         return along(pair.log_beta, like)
-
-    def edge(
-        self, log_low: Tensor, log_lose: Tensor, extra: Tensor | None, like: Tensor
-    ) -> Tensor:
-        return along(log_low, like)
 
 
 class Between(Variance):
