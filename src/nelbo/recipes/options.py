@@ -30,7 +30,7 @@ class Digits(Options, Diffusion, UNetShape):
     validation: int = 100
     """Images held out of the training part to watch the bound."""
     samples: int = 64
-    steps: int = 1800
+    steps: int = 1500
     predict: Literal["epsilon", "x0", "velocity", "mean", "levels"] = "levels"
     decoder: Literal["discretized", "mass", "density", "fixed"] = "mass"
     logsnr_max: float = 8.0
@@ -49,8 +49,8 @@ class Digits(Options, Diffusion, UNetShape):
     batch: int = 64
     rate: float = 2e-3
     ema: float = 0.998
-    validate_every: int = 600
-    save_every: int = 600
+    validate_every: int = 500
+    save_every: int = 500
 
 
 @dataclass(frozen=True, kw_only=True)

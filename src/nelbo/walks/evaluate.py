@@ -24,8 +24,6 @@ from nelbo.reverse import Reverse
 from nelbo.walks import comparison, weighted
 from nelbo.walks.stored import Stored, device_of, open_run, save_arrays
 
-PILOT = 64
-"""Training examples on which the design of a few-call evaluation is fixed."""
 FITTED, MOST_DIMS = 20_000, 4096
 """Training examples for the covariance of the control variate, and the largest one."""
 
@@ -43,6 +41,8 @@ class Request:
     quiet: bool = False
     importance: int | None = None
     """Joint trajectories per example of the importance-weighted bound."""
+    pilot: int = 64
+    """Training examples on which the design of a few-call evaluation is fixed."""
 
 
 def measure(
@@ -60,7 +60,7 @@ def measure(
             recipe.times,
             encode=dataset.encode,
             calls=request.calls,
-            pilot=dataset.train[:PILOT],
+            pilot=dataset.train[: request.pilot],
             control=_control(recipe, request),
             batch=request.batch,
             seed=request.seed,

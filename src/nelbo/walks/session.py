@@ -150,7 +150,7 @@ class Session:
         if len(self.recipe.dataset.validation) < 2:
             return
         calls = self.recipe.options.validate_calls
-        request = evaluating.Request("validation", calls, seed=0, quiet=True)
+        request = evaluating.Request("validation", calls, seed=0, quiet=True, pilot=16)
         result = evaluating.measure(self.recipe, self.model, request)
         estimate = result.estimates()["total"].bits_per_dim(self.recipe.dataset.dims)
         self.validation = estimate.as_json()
