@@ -18,7 +18,7 @@ ABOUT = {
     "K_minus_null": "K − L_null",
     "K_plus_bound": "K + L, expected",
     "gap": "gap: truth − (−L)",
-    "gap_optimum": "gap of the exact optimum, same grid",
+    "gap_optimum": "gap of the exact model, same draws",
     "gap_ratio": "ratio of the two gaps, no unit",
     "bound_nats": "L, the bound in nats",
 }

@@ -166,6 +166,7 @@ def write(
     known = comparison.entry(recipe, rows, result)
     tighter = {} if found is None else weighted.entry(found, recipe.dataset.dims)
     value = {**document(recipe, stored.step, request, result), **extra, **tighter, **known}
+    comparison.pair_gaps(value)
     calls = "full" if request.calls is None else f"calls{request.calls}"
     part = request.split if request.limit is None else f"{request.split}{request.limit}"
     many = "" if request.importance is None else f"-importance{request.importance}"
