@@ -299,7 +299,7 @@ def test_a_run_with_the_papers_kernel(tmp_path: Path) -> None:
     assert code == 0, err
     assert "K (entropy form)" in text and "fixed edge step" in text and "betas learned" in text
     opened = open_run(out)
-    schedule = opened.recipe.model.process.schedule
+    schedule = opened.subject.model.process.schedule
     assert isinstance(schedule, Learned)
     start = Linear(12).betas()
     assert not torch.equal(schedule.betas()[1:].detach(), start[1:])

@@ -80,18 +80,8 @@ def evaluate(arguments: list[str]) -> int:
     options = _parse("Evaluate", arguments)
     from nelbo.walks import evaluate as walk
 
-    request = walk.Request(
-        options.split,
-        options.calls,
-        options.seed,
-        options.batch,
-        options.limit,
-        options.control == "wiener",
-        options.quiet,
-        options.importance,
-    )
     _threads(options.threads)
-    walk.run(options.run, options.checkpoint, request, options.device, options.json)
+    walk.run(options)
     return 0
 
 

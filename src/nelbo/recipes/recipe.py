@@ -26,23 +26,29 @@ class Reference:
     se: float = 0.0
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What `build` makes of options.
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model and the data that it is measured on: all that evaluation and sampling need.
 
     Arguments:
-        model: with fresh weights. times: (N,) the grid on which it is trained and measured.
+        times: (N,) the grid on which the model is measured.
         exact: the model whose denoiser is exact, on the same grid (toys).
         description: short words for reports: what the bound is a bound of.
         references: published and exact figures for the same set-up, computed when asked for.
     """
 
-    name: str
-    options: Options
     dataset: Dataset
     model: Reverse
     times: Tensor
-    objective: Objective | Augmented
     exact: Reverse | None = None
     description: dict[str, str] = field(default_factory=dict)
     references: Callable[[], tuple[Reference, ...]] = tuple
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Subject):
+    """What `build` makes of options: a subject with fresh weights, and how it is trained."""
+
+    name: str
+    options: Options
+    objective: Objective | Augmented

@@ -30,7 +30,7 @@ from nelbo.decoders import EdgeFixed
 from nelbo.entropy import EntropyForm, entropy_form, step_entropies
 from nelbo.estimate import Estimate
 from nelbo.evaluation import Evaluation
-from nelbo.recipes.recipe import OPTIMUM, TRUTH, Recipe
+from nelbo.recipes.recipe import OPTIMUM, TRUTH, Subject
 
 VALUES = 2**13
 """Values of examples over which the entropies of the reverse steps are averaged."""
@@ -38,10 +38,10 @@ MOST_EXAMPLES = 256
 PIXEL = "bits/pixel"
 
 
-def has_k(recipe: Recipe) -> bool:
+def has_k(subject: Subject) -> bool:
     """Whether the paper's K by entropies is that of this very kind of model, or of its chain."""
-    known = recipe.dataset.truth is not None
-    return recipe.dataset.binary or known or isinstance(recipe.model.decoder_rule, EdgeFixed)
+    known = subject.dataset.truth is not None
+    return subject.dataset.binary or known or isinstance(subject.model.decoder_rule, EdgeFixed)
 
 
 def is_picture(dataset: Dataset) -> bool:
@@ -49,12 +49,12 @@ def is_picture(dataset: Dataset) -> bool:
     return dataset.levels is not None and not dataset.binary and len(dataset.shape()) == 3
 
 
-def form_of(recipe: Recipe, rows: Tensor, result: Evaluation) -> EntropyForm:
+def form_of(subject: Subject, rows: Tensor, result: Evaluation) -> EntropyForm:
     """The entropy form of every example, from the divergences of an evaluation."""
-    process = recipe.model.cpu().process
+    process = subject.model.cpu().process
     divergences = result.values()["diffusion"]
     parts = [
-        entropy_form(process, recipe.dataset.encode(some), recipe.times, kl)
+        entropy_form(process, subject.dataset.encode(some), subject.times, kl)
         for some, kl in zip(rows.split(CHUNK), divergences.split(CHUNK), strict=True)
     ]
     names = [field.name for field in dataclasses.fields(EntropyForm)]
@@ -62,29 +62,30 @@ def form_of(recipe: Recipe, rows: Tensor, result: Evaluation) -> EntropyForm:
 
 
 @torch.no_grad()
-def entry(recipe: Recipe, rows: Tensor, result: Evaluation) -> dict[str, Any]:
+def entry(subject: Subject, rows: Tensor, result: Evaluation) -> dict[str, Any]:
     """The JSON object of the comparison; empty where K has no meaning (vectors from files)."""
-    if is_picture(recipe.dataset):
-        return {"comparison": picture(recipe, result)}
-    return {"comparison": chain(recipe, rows, result)} if has_k(recipe) else {}
+    if is_picture(subject.dataset):
+        return {"comparison": picture(subject, result)}
+    return {"comparison": chain(subject, rows, result)} if has_k(subject) else {}
 
 
-def chain(recipe: Recipe, rows: Tensor, result: Evaluation) -> dict[str, Any]:
+def chain(subject: Subject, rows: Tensor, result: Evaluation) -> dict[str, Any]:
     """Of vectors and bits: all in bits per example on the model's scale."""
-    form, dataset, total = form_of(recipe, rows, result), recipe.dataset, result.values()["total"]
+    form, dataset = form_of(subject, rows, result), subject.dataset
+    total = result.values()["total"]
     figures = {
         "minus_bound": Estimate.of(dataset.offset() - total).bits(),
         "null": Estimate.of(form.null, exact=True).bits(),
     }
-    if isinstance(recipe.model.decoder_rule, EdgeFixed) or dataset.levels is None:
+    if isinstance(subject.model.decoder_rule, EdgeFixed) or dataset.levels is None:
         figures["K"] = Estimate.of(form.k).bits()
         figures["K_minus_null"] = Estimate.of(form.gain).bits()
-    if isinstance(recipe.model.decoder_rule, EdgeFixed):
+    if isinstance(subject.model.decoder_rule, EdgeFixed):
         figures["K_plus_bound"] = Estimate.of(form.excess, exact=True).bits()
     if dataset.binary and len(dataset.shape()) == 3:
         figures["bound_nats"] = Estimate.of(total, unit="nats/image")
     values: dict[str, Any] = {name: value.as_json() for name, value in figures.items()}
-    known = {reference.name: reference for reference in recipe.references()}
+    known = {reference.name: reference for reference in subject.references()}
     values["references"] = {name: reference.bits for name, reference in known.items()}
     if dataset.truth is not None:
         values["gap"] = Estimate.of(total + dataset.truth.log_prob(rows)).bits().as_json()
@@ -114,9 +115,9 @@ def _beside(gap: dict[str, Any], truth: float, optimum: float) -> dict[str, Any]
     return {"gap_optimum": least, "gap_ratio": gap["mean"] / least}
 
 
-def picture(recipe: Recipe, result: Evaluation) -> dict[str, Any]:
+def picture(subject: Subject, result: Evaluation) -> dict[str, Any]:
     """Of images of levels: all in bits per pixel, of the dequantised data with variance 1."""
-    dataset = recipe.dataset
+    dataset = subject.dataset
     channels, height, width = dataset.shape()
     sigma = deviation(dataset)
     gain = channels * math.log2(sigma)
@@ -130,7 +131,7 @@ def picture(recipe: Recipe, result: Evaluation) -> dict[str, Any]:
     }
     return {
         **{name: value.as_json() for name, value in figures.items()},
-        "references": {reference.name: reference.bits for reference in recipe.references()},
+        "references": {reference.name: reference.bits for reference in subject.references()},
         "sigma_levels": sigma,
         "dims_per_pixel": channels,
         "conversion": "bits/dim = log2(sigma_levels) - K/dims_per_pixel",
@@ -150,13 +151,13 @@ def deviation(dataset: Dataset) -> float:
 
 
 @torch.no_grad()
-def arrays(recipe: Recipe, rows: Tensor) -> dict[str, Tensor]:
+def arrays(subject: Subject, rows: Tensor) -> dict[str, Tensor]:
     """Bounds on the entropy of every reverse step, (N−1,) nats per example, means over some."""
-    if not has_k(recipe):
+    if not has_k(subject):
         return {}
-    count = max(1, min(MOST_EXAMPLES, VALUES // recipe.dataset.dims))
-    x_0 = recipe.dataset.encode(rows[:count])
-    steps = step_entropies(recipe.model.cpu().process, x_0, recipe.times)
+    count = max(1, min(MOST_EXAMPLES, VALUES // subject.dataset.dims))
+    x_0 = subject.dataset.encode(rows[:count])
+    steps = step_entropies(subject.model.cpu().process, x_0, subject.times)
     return {"step_entropy_lower": steps.lower.mean(0), "step_entropy_upper": steps.upper.mean(0)}
 
 

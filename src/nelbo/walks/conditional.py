@@ -57,14 +57,14 @@ def run(options: Sample) -> None:
         )
     device = device_of(options.device)
     stored = open_run(options.run, options.checkpoint, device)
-    condition = condition_of(options, stored.recipe.dataset)
-    times = grid_of(stored.recipe, options.steps)
+    condition = condition_of(options, stored.subject.dataset)
+    times = grid_of(stored.subject, options.steps)
     found = draw(stored, condition, times, options, device)
     hole = f"-hole{options.hole}" if options.hole else ""
     what = f"{condition.kind}-{source(options).stem}{hole}"
     name = f"{what}-step{stored.step:08d}-grid{len(times)}-seed{options.seed}"
     folder = options.out or stored.directory.samples / name
-    paths = write(folder, stored.recipe.dataset, condition, found, options.seed)
+    paths = write(folder, stored.subject.dataset, condition, found, options.seed)
     value = summary(found, condition)
     about = {"grid": len(times), "seed": options.seed, "step": stored.step}
     if options.json:
@@ -77,7 +77,7 @@ def draw(
     stored: Stored, condition: Condition, times: Tensor, options: Sample, device: str
 ) -> Particles:
     """All populations, in groups that fit in memory."""
-    dataset = stored.recipe.dataset
+    dataset = stored.subject.dataset
     count = DRAWS if options.n is None else options.n
     width = options.particles * dataset.dims * (dataset.levels or 1)
     size = max(1, ROOM // width)
@@ -91,7 +91,7 @@ def draw(
                 meter.update(past + done)
 
             group = posterior_samples(
-                stored.recipe.model,
+                stored.subject.model,
                 condition.factor,
                 times,
                 options.particles,

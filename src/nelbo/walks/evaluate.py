@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nelbo import console
+from nelbo.commands import Evaluate
 from nelbo.controls import Control, Wiener
 from nelbo.data.base import Dataset
 from nelbo.estimate import Estimate
@@ -19,7 +20,7 @@ from nelbo.evaluation import TERMS, Evaluation, evaluate
 from nelbo.files import write_json_atomic
 from nelbo.likelihood import ImportanceWeighted
 from nelbo.processes.gaussian import Gaussian
-from nelbo.recipes.recipe import Recipe
+from nelbo.recipes.recipe import Subject
 from nelbo.reverse import Reverse
 from nelbo.walks import comparison, weighted
 from nelbo.walks.stored import Stored, device_of, open_run, save_arrays
@@ -46,10 +47,10 @@ class Request:
 
 
 def measure(
-    recipe: Recipe, model: Reverse, request: Request, title: str = "evaluate"
+    subject: Subject, model: Reverse, request: Request, title: str = "evaluate"
 ) -> Evaluation:
-    """The bound of `model` on a part of the recipe's data, with progress on stderr."""
-    dataset = recipe.dataset
+    """The bound of `model` on a part of its data, with progress on stderr."""
+    dataset = subject.dataset
     rows = getattr(dataset, request.split)[: request.limit]
     tensors = [*model.parameters(), *model.buffers()]
     device = tensors[0].device if tensors else torch.device("cpu")  # an exact denoiser has none
@@ -57,11 +58,11 @@ def measure(
         return evaluate(
             model,
             rows,
-            recipe.times,
+            subject.times,
             encode=dataset.encode,
             calls=request.calls,
             pilot=dataset.train[: request.pilot],
-            control=_control(recipe, request),
+            control=_control(subject, request),
             batch=request.batch,
             seed=request.seed,
             offset=dataset.offset(),
@@ -70,23 +71,23 @@ def measure(
         )
 
 
-def _control(recipe: Recipe, request: Request) -> Control | None:
+def _control(subject: Subject, request: Request) -> Control | None:
     """The Wiener control variate of the training data, where there is one and it is affordable."""
-    process, dataset = recipe.model.process, recipe.dataset
-    if not _uses_control(recipe, request) or not isinstance(process, Gaussian):
+    process, dataset = subject.model.process, subject.dataset
+    if not _uses_control(subject, request) or not isinstance(process, Gaussian):
         return None
     return Wiener.of(process, dataset.encode(dataset.train[:FITTED]))
 
 
-def _uses_control(recipe: Recipe, request: Request) -> bool:
-    few = request.calls is not None and request.calls < len(recipe.times)
-    gaussian = isinstance(recipe.model.process, Gaussian)
-    return request.control and few and gaussian and recipe.dataset.dims <= MOST_DIMS
+def _uses_control(subject: Subject, request: Request) -> bool:
+    few = request.calls is not None and request.calls < len(subject.times)
+    gaussian = isinstance(subject.model.process, Gaussian)
+    return request.control and few and gaussian and subject.dataset.dims <= MOST_DIMS
 
 
-def document(recipe: Recipe, step: int, request: Request, result: Evaluation) -> dict[str, Any]:
+def document(subject: Subject, step: int, request: Request, result: Evaluation) -> dict[str, Any]:
     """The JSON document of an evaluation (schema 1)."""
-    dataset = recipe.dataset
+    dataset = subject.dataset
     return {
         "schema": 1,
         "data": {
@@ -98,10 +99,10 @@ def document(recipe: Recipe, step: int, request: Request, result: Evaluation) ->
             "levels": dataset.levels,
             "sha256": dataset.record.get("sha256"),
         },
-        "model": {**recipe.description, "weights": "ema", "step": step},
+        "model": {**subject.description, "weights": "ema", "step": step},
         "calls_per_example": result.calls,
         "pilot_calls": result.pilot_calls,
-        "control": "wiener" if _uses_control(recipe, request) else "none",
+        "control": "wiener" if _uses_control(subject, request) else "none",
         "seed": request.seed,
         "terms": _terms(result, dataset.dims),
         "baselines": baselines(dataset, request),
@@ -134,15 +135,15 @@ def baselines(dataset: Dataset, request: Request) -> dict[str, Any]:
     }
 
 
-def truth(recipe: Recipe, request: Request) -> dict[str, Any]:
+def truth(subject: Subject, request: Request) -> dict[str, Any]:
     """What is known exactly of a toy: its entropy, and the bound of the exact denoiser."""
-    known = recipe.dataset.truth
-    if known is None or recipe.exact is None:
+    known = subject.dataset.truth
+    if known is None or subject.exact is None:
         return {}
-    dims = recipe.dataset.dims
+    dims = subject.dataset.dims
     # betas that were learned are the exact model's too
-    recipe.exact.process.load_state_dict(recipe.model.process.state_dict())
-    exact = measure(recipe, recipe.exact, request, "exact denoiser")
+    subject.exact.process.load_state_dict(subject.model.process.state_dict())
+    exact = measure(subject, subject.exact, request, "exact denoiser")
     entropy = Estimate(known.entropy, 0.0, 0.0, exact.estimates()["total"].n)
     return {"truth": {"entropy": entry(entropy, dims), "exact_denoiser": _terms(exact, dims)}}
 
@@ -161,11 +162,11 @@ def write(
     Arguments:
         extra: what else the document says. found: the weights of joint trajectories, if drawn.
     """
-    recipe = stored.recipe
-    rows = getattr(recipe.dataset, request.split)[: request.limit]
-    known = comparison.entry(recipe, rows, result)
-    tighter = {} if found is None else weighted.entry(found, recipe.dataset.dims)
-    value = {**document(recipe, stored.step, request, result), **extra, **tighter, **known}
+    subject = stored.subject
+    rows = getattr(subject.dataset, request.split)[: request.limit]
+    known = comparison.entry(subject, rows, result)
+    tighter = {} if found is None else weighted.entry(found, subject.dataset.dims)
+    value = {**document(subject, stored.step, request, result), **extra, **tighter, **known}
     comparison.pair_gaps(value)
     calls = "full" if request.calls is None else f"calls{request.calls}"
     part = request.split if request.limit is None else f"{request.split}{request.limit}"
@@ -173,7 +174,7 @@ def write(
     name = f"{part}-step{stored.step:08d}-{calls}{many}-seed{request.seed}"
     folder = stored.directory.evaluation
     folder.mkdir(exist_ok=True)
-    more = comparison.arrays(recipe, rows) | ({} if found is None else weighted.arrays(found))
+    more = comparison.arrays(subject, rows) | ({} if found is None else weighted.arrays(found))
     _write_npz(folder / f"{name}.npz", result, more)
     write_json_atomic(folder / f"{name}.json", value)
     return value
@@ -222,21 +223,37 @@ def _row(term: dict[str, Any]) -> list[str]:
     ]
 
 
-def run(path: Path, which: str, request: Request, device: str, as_json: bool) -> dict[str, Any]:
+def run(options: Evaluate) -> dict[str, Any]:
     """`nelbo evaluate`: open, measure, write, print."""
-    stored = open_run(path, which, device_of(device))
-    found = _weigh(stored.recipe, request, device_of(device))
-    result = measure(stored.recipe, stored.recipe.model, request)
-    value = write(stored, request, result, truth(stored.recipe, request), found)
-    print(json.dumps(value, indent=1) if as_json else lines(value))
+    device = device_of(options.device)
+    stored = open_run(options.run, options.checkpoint, device)
+    request = request_of(options)
+    found = _weigh(stored.subject, request, device)
+    result = measure(stored.subject, stored.subject.model, request)
+    value = write(stored, request, result, truth(stored.subject, request), found)
+    print(json.dumps(value, indent=1) if options.json else lines(value))
     return value
 
 
-def _weigh(recipe: Recipe, request: Request, device: str) -> ImportanceWeighted | None:
+def request_of(options: Evaluate) -> Request:
+    """What the options ask for."""
+    return Request(
+        options.split,
+        options.calls,
+        options.seed,
+        options.batch,
+        options.limit,
+        options.control == "wiener",
+        options.quiet,
+        options.importance,
+    )
+
+
+def _weigh(subject: Subject, request: Request, device: str) -> ImportanceWeighted | None:
     if request.importance is None:
         return None
-    rows = getattr(recipe.dataset, request.split)[: request.limit]
+    rows = getattr(subject.dataset, request.split)[: request.limit]
     weighing = weighted.Weighing(
         request.importance, request.seed, request.batch, request.quiet, device
     )
-    return weighted.measure(recipe, rows, weighing)
+    return weighted.measure(subject, rows, weighing)

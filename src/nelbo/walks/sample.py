@@ -17,7 +17,7 @@ from nelbo.errors import UsageError
 from nelbo.pictures import save_grid
 from nelbo.processes.gaussian import Gaussian
 from nelbo.randomness import seeded
-from nelbo.recipes.recipe import Recipe
+from nelbo.recipes.recipe import Subject
 from nelbo.reverse import Reverse
 from nelbo.samplers import DDIM, Ancestral, Sampler, sample
 from nelbo.walks.stored import Stored, device_of, open_run, save_arrays
@@ -33,21 +33,21 @@ def sampler_of(name: str, eta: float) -> Sampler:
     return Ancestral()
 
 
-def grid_of(recipe: Recipe, steps: int | None) -> Tensor:
+def grid_of(subject: Subject, steps: int | None) -> Tensor:
     """The model's own grid, or `steps` of its times.
 
     Raises:
         UsageError: more steps than the model has.
     """
-    if steps is None or steps == len(recipe.times):
-        return recipe.times
-    if not 1 <= steps <= len(recipe.times):
-        raise UsageError(f"--steps {steps}: this model has a grid of {len(recipe.times)}")
-    return recipe.model.process.schedule.grid(steps)
+    if steps is None or steps == len(subject.times):
+        return subject.times
+    if not 1 <= steps <= len(subject.times):
+        raise UsageError(f"--steps {steps}: this model has a grid of {len(subject.times)}")
+    return subject.model.process.schedule.grid(steps)
 
 
 def draw(
-    recipe: Recipe,
+    subject: Subject,
     model: Reverse,
     count: int,
     sampler: Sampler,
@@ -68,14 +68,14 @@ def draw(
     with console.Meter("sample", total, "steps", quiet) as meter:
         for number in range(-(-count // batch)):
             with seeded(seed, "sample", number):
-                shape = (batch, *recipe.dataset.shape())
+                shape = (batch, *subject.dataset.shape())
                 walk = enumerate(sample(model, sampler, times, shape, device))
                 for k, (_, x_t) in walk:
                     done += 1
                     meter.update(done)
                     if number == 0 and (k in marks or k == len(times)):
                         strip.append(x_t.cpu())
-            out.append(recipe.dataset.decode(x_t.cpu()))
+            out.append(subject.dataset.decode(x_t.cpu()))
     return torch.cat(out)[:count], {"reverse": torch.stack([s[:512] for s in strip])}
 
 
@@ -83,11 +83,11 @@ def _marks(n: int) -> set[int]:
     return {round(k * (n - 1) / (STRIP - 2)) for k in range(STRIP - 1)}
 
 
-def forward_strip(recipe: Recipe, times: Tensor, count: int, seed: int) -> Tensor:
+def forward_strip(subject: Subject, times: Tensor, count: int, seed: int) -> Tensor:
     """(k, count, *shape) one trajectory of the forward process, from data to noise."""
-    process = recipe.model.process
+    process = subject.model.process
     marks = sorted(len(times) - 1 - k for k in _marks(len(times)))
-    x = recipe.dataset.encode(recipe.dataset.test[:count])
+    x = subject.dataset.encode(subject.dataset.test[:count])
     states, before = [x], None
     with seeded(seed, "forward"):
         for k in marks:
@@ -111,13 +111,13 @@ def write(
     seed: int,
 ) -> dict[str, Any]:
     """Write samples.npz with real data beside it, strip.npz and two pictures into a folder."""
-    dataset = stored.recipe.dataset
+    dataset = stored.subject.dataset
     folder.mkdir(parents=True, exist_ok=True)
     real = dataset.test[: len(samples)]
-    process = stored.recipe.model.cpu().process
+    process = stored.subject.model.cpu().process
     marks = sorted(len(times) - 1 - k for k in _marks(len(times)))
     count = 512 if dataset.levels is None else 8
-    forward = forward_strip(stored.recipe, times, count, seed)
+    forward = forward_strip(stored.subject, times, count, seed)
     arrays = {"samples": samples.numpy(), "real": real.numpy()}
     save_arrays(folder / "samples.npz", arrays)
     states = {
@@ -142,16 +142,23 @@ def run(options: Sample) -> None:
     """`nelbo sample`: open, draw, write, print where."""
     device = device_of(options.device)
     stored = open_run(options.run, options.checkpoint, device)
-    recipe = stored.recipe
-    times = grid_of(recipe, options.steps)
+    subject = stored.subject
+    times = grid_of(subject, options.steps)
     sampler = sampler_of(options.sampler, options.eta)
-    if isinstance(sampler, DDIM) and not isinstance(recipe.model.process, Gaussian):
+    if isinstance(sampler, DDIM) and not isinstance(subject.model.process, Gaussian):
         raise UsageError(
             "--sampler ddim moves along the noise of Gaussian diffusion, which this run has not: "
             "take --sampler ancestral"
         )
     samples, strip = draw(
-        recipe, recipe.model, options.n or 64, sampler, times, options.seed, device, options.quiet
+        subject,
+        subject.model,
+        options.n or 64,
+        sampler,
+        times,
+        options.seed,
+        device,
+        options.quiet,
     )
     name = f"{options.sampler}-step{stored.step:08d}-grid{len(times)}-seed{options.seed}"
     folder = options.out or stored.directory.samples / name

@@ -15,7 +15,7 @@ from nelbo.errors import InputRefused, UsageError
 from nelbo.files import exhausted, hidden
 from nelbo.recipes.build import build
 from nelbo.recipes.options import Options, restored
-from nelbo.recipes.recipe import Recipe
+from nelbo.recipes.recipe import Recipe, Subject
 from nelbo.rundir import RunDirectory
 
 PLAYER = "model"
@@ -23,10 +23,10 @@ PLAYER = "model"
 
 @dataclass(frozen=True)
 class Stored:
-    """An opened run: the recipe's model holds the averaged weights of `step`."""
+    """An opened run: the subject's model holds the averaged weights of `step`."""
 
     directory: RunDirectory
-    recipe: Recipe
+    subject: Subject
     step: int
     info: dict[str, Any]
 

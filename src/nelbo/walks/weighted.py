@@ -11,7 +11,7 @@ from torch import Tensor
 from nelbo import console
 from nelbo.estimate import Estimate
 from nelbo.likelihood import ImportanceWeighted, importance_weighted
-from nelbo.recipes.recipe import Recipe
+from nelbo.recipes.recipe import Subject
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Weighing:
     device: str = "cpu"
 
 
-def measure(recipe: Recipe, rows: Tensor, weighing: Weighing) -> ImportanceWeighted:
+def measure(subject: Subject, rows: Tensor, weighing: Weighing) -> ImportanceWeighted:
     """Weigh joint trajectories of every row, with progress on stderr.
 
     Arguments:
@@ -33,13 +33,13 @@ def measure(recipe: Recipe, rows: Tensor, weighing: Weighing) -> ImportanceWeigh
     """
     with console.Meter("importance weights", 1, "calls", weighing.quiet) as meter:
         return importance_weighted(
-            recipe.model.to(weighing.device),
-            recipe.dataset.encode(rows),
-            recipe.times,
+            subject.model.to(weighing.device),
+            subject.dataset.encode(rows),
+            subject.times,
             weighing.draws,
             seed=weighing.seed,
             batch=weighing.batch,
-            offset=recipe.dataset.offset(),
+            offset=subject.dataset.offset(),
             device=weighing.device,
             track=lambda done, total: meter.update(done, total=total),
         )
