@@ -33,11 +33,14 @@ from scipy.stats import chi2
 from torch import Tensor, nn
 from torch import multiprocessing as mp
 
-from nelbo import distributed, fewcalls
+from nelbo import design, distributed, rounds
 from nelbo.controls import Wiener
 from nelbo.decoders import Density
 from nelbo.errors import NumericalFailure, UsageError
-from nelbo.evaluation import TERMS, Evaluation, evaluate
+from nelbo.estimate import Estimate
+from nelbo.evaluation import TERMS, Evaluation, compare, evaluate
+from nelbo.everyterm import Terms
+from nelbo.fewcalls import Plan, Target
 from nelbo.networks.mlp import MLP
 from nelbo.parameterizations import Epsilon
 from nelbo.processes.gaussian import Gaussian
@@ -80,10 +83,17 @@ def gaussian_truth(x_0: Tensor, times: Tensor) -> dict[str, Tensor]:
     return over_noise(gaussian_model(), x_0, times, z, torch.full((len(z),), 1 / len(z)).double())
 
 
-def few(model: Reverse, x_0: Tensor, times: Tensor, calls: int, **more: Any) -> Evaluation:
+def few(model: Reverse, x_0: Tensor, times: Tensor, calls: float, **more: Any) -> Evaluation:
     """With a design from examples that are nothing like the data: it may not bias, only blur."""
     pilot = 2 * draw(16) + 3
     return evaluate(model, x_0, times, calls=calls, pilot=pilot, batch=4096, **more)
+
+
+def plan_for(x_0: Tensor, control: bool, **more: Any) -> Plan:
+    """Everything that there is: a control, and a feature that the terms go with."""
+    controls = (Wiener.of(Gaussian(SCHEDULE), draw(200)),) if control else ()
+    norms = x_0.square(), (2 * draw(16) + 3).square()
+    return Plan(controls=controls, features=norms if control else None, **more)
 
 
 # --- unbiased ------------------------------------------------------------------------------------
@@ -93,8 +103,7 @@ def check_few(calls: int, control: bool = False) -> None:
     """2048 examples against their exact bounds by term; false-alarm rate 1e-6 over the terms."""
     torch.manual_seed(calls)
     times, model, x_0 = SCHEDULE.grid(30), gaussian_model(), draw(2048)
-    wiener = Wiener.of(Gaussian(SCHEDULE), draw(200)) if control else None
-    result = few(model, x_0, times, calls, control=wiener)
+    result = few(model, x_0, times, calls, plan=plan_for(x_0, control))
     truth, values = gaussian_truth(x_0, times), result.values()
     torch.testing.assert_close(values["prior"], truth["prior"], rtol=1e-12, atol=1e-12)
     assert_mean(values["diffusion"] - truth["diffusion"], 0, 2, "diffusion")
@@ -110,22 +119,17 @@ def test_few_calls_are_unbiased(calls: int, control: bool) -> None:
 
 def nodes_short_of_one(patch: pytest.MonkeyPatch) -> None:
     """The last tenth of the strata is never visited."""
-    right = fewcalls.nodes
-    patch.setattr(fewcalls, "nodes", lambda u, k: [0.9 * v for v in right(u, k)])
+    right = design.nodes
+    patch.setattr(design, "nodes", lambda *arguments: 0.9 * right(*arguments))
 
 
-def probabilities_off_by_5_percent(patch: pytest.MonkeyPatch) -> None:
-    """Terms are divided by other probabilities than they were drawn with."""
-    right = fewcalls.pilot
-
-    def pilot(*arguments: Any) -> fewcalls.Design:
-        design = right(*arguments)
-        return replace(design, probability=1.05 * design.probability)
-
-    patch.setattr(fewcalls, "pilot", pilot)
+def stand_in_off_by_5_percent(patch: pytest.MonkeyPatch) -> None:
+    """What is added for all examples is not what is subtracted at the draws."""
+    right = rounds.totals
+    patch.setattr(rounds, "totals", lambda *arguments: 1.05 * right(*arguments))
 
 
-@pytest.mark.parametrize("plant", [nodes_short_of_one, probabilities_off_by_5_percent])
+@pytest.mark.parametrize("plant", [nodes_short_of_one, stand_in_off_by_5_percent])
 def test_the_check_finds_a_biased_estimate(
     plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,7 +163,7 @@ def test_the_full_bound_by_term(replicates: int) -> None:
     torch.testing.assert_close(values["prior"], truth["prior"], rtol=1e-12, atol=1e-12)
     for name in ("diffusion", "reconstruction"):
         assert_mean(values[name] - truth[name], 0, 2, name)
-    assert result.diffusion.shape == (2048, replicates)
+    assert result.calls == max(20 * replicates, 21)
     torch.testing.assert_close(values["total"], sum(values[n] for n in TERMS[:3]))
 
 
@@ -219,18 +223,18 @@ def test_errors_read_off_the_roughness() -> None:
 
 
 def test_the_check_finds_a_wrong_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = Evaluation.estimates
+    right = Terms.estimates
 
-    def estimates(result: Evaluation) -> dict[str, Any]:
+    def estimates(terms: Terms, offset: float) -> dict[str, Estimate]:
         """The spread within an example, halved."""
         shrunk = {}
-        for name in ("diffusion", "reconstruction"):
-            values = getattr(result, name)
-            mean = values.mean(1, keepdim=True)
+        for name, dim in (("pairs", 2), ("decoder", 1)):
+            values = getattr(terms, name)
+            mean = values.mean(dim, keepdim=True)
             shrunk[name] = mean + (values - mean) / 2
-        return right(replace(result, **shrunk))
+        return right(replace(terms, **shrunk), offset)
 
-    monkeypatch.setattr(Evaluation, "estimates", estimates)
+    monkeypatch.setattr(Terms, "estimates", estimates)
     with pytest.raises(AssertionError, match="se_mc"):
         check_errors(steps=6)
 
@@ -238,14 +242,86 @@ def test_the_check_finds_a_wrong_error(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_more_calls_and_a_control_lower_the_error() -> None:
     torch.manual_seed(0)
     times, model, x_0 = SCHEDULE.grid(60), gaussian_model(), draw(512)
-    wiener = Wiener.of(Gaussian(SCHEDULE), draw(4000))
+    plan = Plan(controls=(Wiener.of(Gaussian(SCHEDULE), draw(4000)),))
     errors = [
         few(model, x_0, times, calls).estimates()["diffusion"].se_mc for calls in (4, 16, 40)
     ]
     # mirrored strata beat K^{-1/2}, which would be 1/√7 from 2 pair calls to 14
     assert errors[1] < errors[0] / 2 and errors[2] < errors[1]
-    steadied = few(model, x_0, times, 16, control=wiener).estimates()["diffusion"].se_mc
+    steadied = few(model, x_0, times, 16, plan=plan).estimates()["diffusion"].se_mc
     assert steadied < 0.5 * errors[1]
+
+
+@pytest.mark.parametrize("calls", [0.3, 1, 1.5])
+def test_less_than_two_calls_are_unbiased_with_honest_errors(calls: float) -> None:
+    """150 evaluations of one set of 400 against its own bound: mean z, Σz², and coverage.
+
+    Of 150 intervals of 95 %, fewer than 126 hold the truth with probability 3e-7 (binomial), and
+    |mean z| > 5/√150 with 6e-7; an error too small by a third is found in 99.9 % of runs.
+    """
+    torch.manual_seed(int(10 * calls))
+    times, model, x_0 = SCHEDULE.grid(30), gaussian_model(), draw(400)
+    truth = float(gaussian_truth(x_0, times)["total"].mean())
+    plan = plan_for(x_0, True)
+    z = []
+    for seed in range(150):
+        total = few(model, x_0, times, calls, plan=plan, seed=seed).estimates()["total"]
+        z.append((total.mean - truth) / total.se_mc)
+    scores = torch.tensor(z)
+    assert abs(float(scores.mean())) < 5 / math.sqrt(150)
+    assert int((scores.abs() < 1.96).sum()) >= 126
+
+
+@pytest.mark.parametrize("name", ["controls", "features", "allocate", "latin", "crossfit"])
+def test_every_device_can_be_switched_off(name: str) -> None:
+    """Without it the estimate is as unbiased: 2048 examples, false-alarm rate 1e-6."""
+    torch.manual_seed(3)
+    times, model, x_0 = SCHEDULE.grid(30), gaussian_model(), draw(2048)
+    off: dict[str, Any] = {"controls": (), "features": None}
+    plan = replace(plan_for(x_0, True), **{name: off.get(name, False)})
+    result = few(model, x_0, times, 6, plan=plan)
+    truth, values = gaussian_truth(x_0, times), result.values()
+    assert_mean(values["diffusion"] - truth["diffusion"], 0, 2, "diffusion")
+    whole = few(model, x_0, times, 6, plan=plan_for(x_0, True)).savings
+    assert result.savings[0].name == whole[0].name == "all of it"
+    assert whole[-1].se_mc > whole[0].se_mc, "uniform times cost more than all devices together"
+
+
+def test_until_an_error_is_reached() -> None:
+    torch.manual_seed(2)
+    times, model, x_0 = SCHEDULE.grid(40), gaussian_model(), draw(300)
+    once = few(model, x_0, times, 2).estimates()["total"]
+    seen: list[tuple[float, float]] = []
+    target = Target(once.se_mc / 3, report=lambda c, e: seen.append((c, e)))
+    result = evaluate(model, x_0, times, until=target, pilot=draw(16))
+    assert result.estimates()["total"].se_mc <= target.value
+    assert seen[-1][0] == result.calls and len(seen) > 1
+    assert [c for c, _ in seen] == sorted(c for c, _ in seen)
+    truth = gaussian_truth(x_0, times)["total"]
+    total = result.estimates()["total"]
+    assert abs(total.mean - float(truth.mean())) < 5 * total.se_mc
+    capped = evaluate(model, x_0, times, until=Target(1e-9, most=6), pilot=draw(16))
+    assert 5 < capped.calls <= 6.1
+    floor = math.sqrt(total.se**2 - total.se_mc**2)
+    population = evaluate(model, x_0, times, until=Target(floor / 2, "se"), pilot=draw(16))
+    assert population.estimates()["total"].se > floor / 2, "300 examples cannot say more"
+    assert population.calls < 20, "so that nothing more is spent on them"
+
+
+def test_two_models_on_the_same_draws() -> None:
+    """The difference is that of the bounds, and known better than either."""
+    torch.manual_seed(4)
+    times, x_0 = SCHEDULE.grid(30), draw(500)
+    one, two = gaussian_model(), exact_model(GAUSSIAN, SCHEDULE, Posterior())
+    truth = float((gaussian_truth(x_0, times)["total"]).mean())
+    for calls in (None, 2, 0.5):
+        a, b, gap = compare(one, two, x_0, times, calls=calls, pilot=draw(64), seed=1)
+        totals = [e.estimates()["total"] for e in (a, b, gap)]
+        assert abs(totals[2].mean - (totals[0].mean - totals[1].mean)) < 3 * totals[2].se + 1e-9
+        assert abs(totals[0].mean - truth) < 5 * totals[0].se_mc
+        assert gap.estimates()["prior"].mean == 0
+    same = compare(one, gaussian_model(), x_0, times, calls=2, pilot=draw(64))[2]
+    assert same.estimates()["total"].mean == same.estimates()["total"].se == 0
 
 
 # --- the same figures, however it is computed ----------------------------------------------------
@@ -258,21 +334,21 @@ def small_net() -> Reverse:
     return Reverse(Gaussian(SCHEDULE), network, Epsilon(Posterior()), Density())
 
 
-def measured(batch: int, calls: int | None, n: int) -> Evaluation:
+def measured(batch: int, calls: float | None, n: int) -> Evaluation:
     torch.manual_seed(1)
     data, pilot, times = draw(n).float(), draw(16).float(), SCHEDULE.grid(8)
     return evaluate(small_net(), data, times, calls=calls, pilot=pilot, batch=batch, seed=3)
 
 
 def assert_same(a: Evaluation, b: Evaluation, rtol: float) -> None:
-    for name in ("prior", "diffusion", "reconstruction"):
-        torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=rtol, atol=rtol)
+    for name in TERMS:
+        torch.testing.assert_close(a.values()[name], b.values()[name], rtol=rtol, atol=rtol)
     assert a.integrand is not None and b.integrand is not None
     torch.testing.assert_close(a.integrand.mean, b.integrand.mean, rtol=rtol, atol=rtol)
     assert (a.calls, a.pilot_calls) == (b.calls, b.pilot_calls)
 
 
-@pytest.mark.parametrize("calls", [None, 4, 7])
+@pytest.mark.parametrize("calls", [None, 0.5, 4, 7])
 def test_the_batch_size_changes_nothing(calls: int | None) -> None:
     one = measured(200, calls, 200)
     for batch in (1, 64, 128, 1000):
@@ -282,7 +358,7 @@ def test_the_batch_size_changes_nothing(calls: int | None) -> None:
 def test_an_example_is_measured_alike_among_more_examples() -> None:
     """Noise belongs to the place in the data set: 64 examples, then 200 that begin with them."""
     few_of_them, all_of_them = measured(64, None, 64), measured(64, None, 200)
-    assert torch.equal(few_of_them.diffusion, all_of_them.diffusion[:64])
+    assert torch.equal(few_of_them.values()["diffusion"], all_of_them.values()["diffusion"][:64])
 
 
 def test_seeds() -> None:
@@ -301,7 +377,7 @@ def test_the_global_generator_is_left_alone() -> None:
     assert torch.equal(torch.rand(3), wanted)
 
 
-_CASES = [(None, 200), (6, 200), (6, 50), (None, 64)]
+_CASES = [(None, 200), (6, 200), (0.5, 200), (6, 50), (None, 64)]
 
 
 def _ranks(rank: int, folder: str) -> None:
@@ -374,7 +450,8 @@ def test_the_check_finds_train_mode_at_evaluation(monkeypatch: pytest.MonkeyPatc
 
 def test_no_gradient_is_recorded() -> None:
     model = small_net()
-    assert not evaluate(model, draw(8).float(), SCHEDULE.grid(4)).diffusion.requires_grad
+    result = evaluate(model, draw(8).float(), SCHEDULE.grid(4))
+    assert not result.values()["diffusion"].requires_grad
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -403,7 +480,7 @@ def test_offset_encode_and_track() -> None:
 def test_as_many_calls_as_latents_is_the_full_bound() -> None:
     model, times, x_0 = gaussian_model(), SCHEDULE.grid(6), draw(20)
     full, many = evaluate(model, x_0, times), evaluate(model, x_0, times, calls=6)
-    assert torch.equal(full.diffusion, many.diffusion)
+    assert torch.equal(full.values()["total"], many.values()["total"])
 
 
 def test_one_latent() -> None:
@@ -418,9 +495,11 @@ def test_one_latent() -> None:
 
 def test_refusals() -> None:
     model, times, x_0 = gaussian_model(), SCHEDULE.grid(20), draw(10)
-    for calls in (3, 0, -1):
-        with pytest.raises(UsageError, match="at least 4"):
+    for calls in (3.9, 0.1, 0, -1):
+        with pytest.raises(UsageError, match="take at least 4$"):
             evaluate(model, x_0, times, calls=calls, pilot=x_0)
+    with pytest.raises(UsageError, match="whole number"):
+        evaluate(model, x_0, times, calls=7.5, pilot=x_0)
     for pilot in (None, x_0[:0]):
         with pytest.raises(UsageError, match="training examples"):
             evaluate(model, x_0, times, calls=8, pilot=pilot)

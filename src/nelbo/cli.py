@@ -78,10 +78,11 @@ def _about(kind: type) -> str:
 def evaluate(arguments: list[str]) -> int:
     """Measure the bound of a run's model on its data."""
     options = _parse("Evaluate", arguments)
+    from nelbo.walks import against
     from nelbo.walks import evaluate as walk
 
     _threads(options.threads)
-    walk.run(options)
+    (walk if options.against is None else against).run(options)
     return 0
 
 

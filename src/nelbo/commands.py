@@ -26,10 +26,20 @@ class Evaluate:
 
     run: tyro.conf.Positional[Path]
     """Run directory."""
-    calls: int | None = None
-    """Network calls per example; the full bound (every step) by default."""
-    control: Literal["wiener", "none"] = "wiener"
-    """Control variate of a few-call evaluation: the linear denoiser of the training data."""
+    calls: float | None = None
+    """Network calls per example, on average, also below one; the full bound (every step) by
+    default. With --until: where to stop all the same."""
+    until: float | None = None
+    """Draw until the error of the total is at most this, in bits/dim."""
+    error: Literal["se_mc", "se"] = "se_mc"
+    """Which error --until speaks of: that of the draws, or that of the population as well."""
+    against: Path | None = None
+    """Another run, whose model is measured on the same draws; prints the difference."""
+    against_checkpoint: str = "newest"
+    """Which checkpoint of --against: newest, best or a step."""
+    without: str = ""
+    """Devices of a few-call evaluation to switch off, with commas: wiener, shrinkage, features,
+    allocation, pairing, crossfit."""
     importance: int | None = None
     """Also the importance-weighted bound, from so many joint trajectories of each example: as many
     walks down the whole grid; take a --limit."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nelbo.bound import term_of
 from nelbo.distributed import gather, rank, world_size
+from nelbo.errors import NumericalFailure
 from nelbo.randomness import seeded
 from nelbo.reverse import Reverse
 
@@ -56,7 +57,7 @@ class Drawer:
         return max(self.batch // BLOCK, 1) * BLOCK
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(rows, x_0) of the batches of this rank."""
+        """(rows, x_0) of the batches of this rank: whole blocks, in the order of the data set."""
         for number, rows in enumerate(torch.arange(len(self.data)).split(self._size)):
             if number % world_size() == rank():
                 yield rows, self.encode(self.data[rows]).to(self.device)
@@ -86,11 +87,14 @@ class Drawer:
         Returns:
             the terms (B,) float64 on the CPU, and the x_t (B, *shape) that they were drawn at.
         """
+        x_t = self.latent(x_0, rows, self.times[index], *purpose)
+        return self.value(x_t, x_0, index), x_t
+
+    def value(self, x_t: Tensor, x_0: Tensor, index: Tensor) -> Tensor:
+        """(B,) float64 on the CPU: the terms at given latents, one network call each."""
         t = self.times[index]
-        x_t = self.latent(x_0, rows, t, *purpose)
-        value = term_of(self.model.at(x_t, t), x_0, self.times, index)
-        self.done += len(rows)
-        return value.cpu(), x_t
+        self.done += len(x_0)
+        return term_of(self.model.at(x_t, t), x_0, self.times, index).cpu()
 
     def tick(self, calls: float) -> None:
         """Report progress towards `calls` per example."""
@@ -110,3 +114,13 @@ class Drawer:
 def _blocks(rows: Tensor) -> Iterator[tuple[slice, int]]:
     for start in range(0, len(rows), BLOCK):
         yield slice(start, start + BLOCK), int(rows[start]) // BLOCK
+
+
+def check_finite(values: Tensor) -> None:
+    """Refuse examples (n,) without a finite value."""
+    bad = (~torch.isfinite(values)).nonzero().flatten().tolist()
+    if bad:
+        raise NumericalFailure(
+            f"the bound of {len(bad)} examples is not finite, the first ones {bad[:8]}: the model "
+            "gives them zero probability or its output is not a number"
+        )

@@ -1,9 +1,10 @@
 r"""The bound over a data set, by term, with measured errors.
 
 *Full*: every term of every example, each with its own draw, N network calls per example. *Few
-calls*: a stratified estimate of the same figure (`fewcalls`). Both are unbiased, both give values
-per example, and both separate the error of the examples (in `se`) from the Monte-Carlo error that
-is left on this very set of examples (`se_mc`). The prior term is exact.
+calls*: an unbiased estimate of the same figure from a handful of calls per example, or from fewer
+than one (`fewcalls`). Both give values per example whose mean is the estimate, and both separate
+the error of the examples (in `se`) from the Monte-Carlo error that is left on this very set of
+examples (`se_mc`). The prior term is exact.
 
 References:
     Ho, Jain, Abbeel 2020, section 4.3 (the bound by term); Nichol, Dhariwal 2021, section 3.
@@ -11,103 +12,94 @@ References:
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from nelbo import fewcalls
-from nelbo.bound import prior_term
-from nelbo.controls import Control
-from nelbo.drawing import Drawer, Integrand
-from nelbo.errors import NumericalFailure, UsageError
+from nelbo.drawing import Drawer, Integrand, check_finite
+from nelbo.errors import UsageError
 from nelbo.estimate import Estimate
+from nelbo.everyterm import SHORT, Terms, every_term
+from nelbo.fewcalls import FewCalls, Plan, Target, until
 from nelbo.reverse import Reverse
+from nelbo.savings import Saving, savings
+from nelbo.scattered import scattered
 
 TERMS = ("prior", "diffusion", "reconstruction", "total")
-SHORT = 64
-"""Grids up to this length are measured twice by default: their terms bend too much to tell noise
-from their roughness."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The bound of every example by term, nats, float64.
+    """The bound of a data set by term, in nats per example.
 
     Arguments:
-        prior: (n,). diffusion, reconstruction: (n, R), R replicates each.
-        noise: (n,) Monte-Carlo variance of an example's diffusion term, where it has one replicate
-            and was measured from the roughness of its terms; None where replicates tell.
+        table: (n,) by term; each column's mean is the estimate. From less than one call per
+            example a single value says little.
+        figures: the estimates by term.
         calls: network calls per example. pilot_calls: calls on training examples, in all.
+        savings: what each device of a few-call evaluation saved.
     """
 
-    prior: Tensor
-    diffusion: Tensor
-    reconstruction: Tensor
+    table: dict[str, Tensor]
+    figures: dict[str, Estimate]
     calls: float
-    noise: Tensor | None = None
     pilot_calls: int = 0
     integrand: Integrand | None = None
-    offset: float = 0.0
-    """Nats per example added to the reconstruction: the units of a density (Dataset.offset)."""
+    savings: list[Saving] = field(default_factory=list)
 
     def values(self) -> dict[str, Tensor]:
-        """(n,) nats per example by term, the mean over replicates."""
-        table = {
-            "prior": self.prior,
-            "diffusion": self.diffusion.mean(1),
-            "reconstruction": self.reconstruction.mean(1) + self.offset,
-        }
-        table["total"] = table["prior"] + table["diffusion"] + table["reconstruction"]
-        return table
+        """(n,) nats per example by term."""
+        return self.table
 
     def estimates(self) -> dict[str, Estimate]:
         """Nats per example by term, with se (examples and noise) and se_mc (noise alone)."""
-        total = self.prior[:, None] + self.diffusion + self.reconstruction + self.offset
-        known = total_known = None
-        if self.noise is not None:
-            decoder = self.reconstruction.var(1) / self.reconstruction.shape[1]
-            known, total_known = (_error_of(v) for v in (self.noise, self.noise + decoder))
-        return {
-            "prior": Estimate.of(self.prior, exact=True),
-            "diffusion": Estimate.of(self.diffusion, se_mc_known=known),
-            "reconstruction": Estimate.of(self.reconstruction + self.offset),
-            "total": Estimate.of(total, se_mc_known=total_known),
-        }
+        return self.figures
 
 
-def _error_of(variances: Tensor) -> float:
-    """Standard error of a mean from the variance of each of its members."""
-    return float(variances.sum().sqrt() / len(variances))
+def evaluate(model: Reverse, data: Tensor, times: Tensor, **how: object) -> Evaluation:
+    """Measure the bound of every example; see `measure` for the arguments."""
+    return measure([model], data, times, **how)[0]  # type: ignore[arg-type]
 
 
-def evaluate(
-    model: Reverse,
+def compare(
+    model: Reverse, other: Reverse, data: Tensor, times: Tensor, **how: object
+) -> tuple[Evaluation, Evaluation, Evaluation]:
+    """Two models of one process on the same examples, times and noise, and model less other.
+
+    The noise that both share drops out of the difference, whose error is its own.
+    """
+    one, two, difference = measure([model, other], data, times, **how)  # type: ignore[arg-type]
+    return one, two, difference
+
+
+def measure(
+    models: list[Reverse],
     data: Tensor,
     times: Tensor,
     *,
     encode: Callable[[Tensor], Tensor] = lambda y: y,
-    calls: int | None = None,
+    calls: float | None = None,
+    until: Target | None = None,
     pilot: Tensor | None = None,
-    control: Control | None = None,
+    plan: Plan | None = None,
     replicates: int | None = None,
     batch: int = 512,
     seed: int = 0,
     offset: float = 0.0,
     device: str | torch.device = "cpu",
     track: Callable[[int, int], None] = lambda done, total: None,
-) -> Evaluation:
-    """Measure the bound of every example.
+) -> list[Evaluation]:
+    """The bounds of models on the same draws, and of two models their difference as a third.
 
     Arguments:
         data: (n, *shape) stored examples; `encode` turns rows into the model's scale.
         times: (N,) the grid of the bound.
-        calls: network calls per example, at least 4; None, or N and more: the full bound.
+        calls: network calls per example, also below one; None, or N and more: the full bound.
+        until: draw until an error is reached, instead of a number of calls.
         pilot: (m, *shape) stored training examples on which the design is fixed (few calls).
-        control: a control variate (few calls).
+        plan: which devices a few-call evaluation uses.
         replicates: of the full bound; by default 2 up to 64 latents, above that 1, whose noise is
             read off the roughness of neighbouring terms.
         batch: examples per network call; any value gives the same figures up to rounding.
@@ -117,116 +109,81 @@ def evaluate(
         UsageError: too few calls, or no training examples for the design.
         NumericalFailure: an example has no finite bound.
     """
-    was_training = model.training
-    model.eval()
+    modes = [m.training for m in models]
+    drawers = [Drawer(m.eval(), data, encode, times, batch, seed, device, track) for m in models]
     try:
         with torch.no_grad():
-            drawer = Drawer(model, data, encode, times, batch, seed, device, track)
-            if calls is None or calls >= len(times):
-                result = _full(drawer, replicates or (2 if len(times) <= SHORT else 1))
+            if until is None and (calls is None or calls >= len(times)):
+                results = _full(drawers, replicates or (2 if len(times) <= SHORT else 1), offset)
             else:
-                result = _few(drawer, calls, pilot, control)
+                results = _few(drawers, calls, until, pilot, plan or Plan(), offset)
     finally:
-        model.train(was_training)
-    result = dataclasses.replace(result, offset=offset)
-    _check_finite(result)
-    return result
+        for model, mode in zip(models, modes, strict=True):
+            model.train(mode)
+    return results
 
 
-def _check_finite(result: Evaluation) -> None:
-    bad = (~torch.isfinite(result.values()["total"])).nonzero().flatten().tolist()
-    if bad:
-        raise NumericalFailure(
-            f"the bound of {len(bad)} examples is not finite, the first ones {bad[:8]}: the model "
-            "gives them zero probability or its output is not a number"
-        )
+def _combinations(models: int, offset: float) -> list[tuple[Tensor, float]]:
+    """Each model on its own, then the difference of the first two, and the offset of each."""
+    eye = torch.eye(models, dtype=torch.float64)
+    rows = [(row, offset) for row in eye]
+    return rows if models == 1 else [*rows, (eye[0] - eye[1], 0.0)]
 
 
 # --- few calls ---------------------------------------------------------------------------------
 
 
-def _few(drawer: Drawer, calls: int, pilot: Tensor | None, control: Control | None) -> Evaluation:
-    if calls < 4:
-        raise UsageError(
-            f"--calls {calls}: at least 4 are needed (two replicates of the decoder term and "
-            "one pair term each), or leave it out for the full bound"
-        )
+def _few(
+    drawers: list[Drawer],
+    calls: float | None,
+    target: Target | None,
+    pilot: Tensor | None,
+    plan: Plan,
+    offset: float,
+) -> list[Evaluation]:
     if pilot is None or len(pilot) < 2:
         raise UsageError("few calls need training examples on which to fix their design")
-    design = fewcalls.pilot(drawer, pilot, control)
-    pilot_calls, drawer.done = drawer.done, 0
-    few = fewcalls.measure(drawer, calls, design, control)
+    n = len(drawers[0].data)
+    first = min(4.0, max(1.0, 1000 / n)) if n < 1000 else 1000 / n
+    few = FewCalls(drawers, pilot, plan, first if calls is None else calls)
+    if target is None:
+        assert calls is not None
+        few.add(calls)
+    else:
+        until(few, target, first)
+    return [_of(few, weights, o) for weights, o in _combinations(len(drawers), offset)]
+
+
+def _of(few: FewCalls, weights: Tensor, offset: float) -> Evaluation:
+    prior = few.rounds[0].prior @ weights
+    found = {name: few.account(name, weights) for name in TERMS[1:]}
+    shift = {"diffusion": 0.0, "reconstruction": offset, "total": offset}
+    table = {"prior": prior} | {name: a.values + shift[name] for name, a in found.items()}
+    n = len(prior)
+    figures = {"prior": Estimate.of(prior, exact=True)}
+    figures |= {
+        name: Estimate(a.mean + shift[name], a.se, a.se_mc, n) for name, a in found.items()
+    }
     return Evaluation(
-        few.prior,
-        few.diffusion,
-        few.decoder,
-        float(calls),
-        pilot_calls=pilot_calls,
-        integrand=few.integrand,
+        table,
+        figures,
+        few.calls / n,
+        few.pilot_calls,
+        scattered(few, weights),
+        savings(few, weights),
     )
 
 
 # --- every term --------------------------------------------------------------------------------
 
 
-def _full(drawer: Drawer, replicates: int) -> Evaluation:
-    """All N terms, `replicates` times; with one replicate the decoder is drawn twice."""
-    n = len(drawer.times)
-    calls = float(max(replicates * n, n + 1))
-    parts = [_full_batch(drawer, x_0, rows, replicates, calls) for rows, x_0 in drawer.batches()]
-    widths: list[tuple[int, ...]] = [(), (n - 1, replicates), (max(replicates, 2),)]
-    prior, terms, decoder = (drawer.collect([p[k] for p in parts], widths[k]) for k in range(3))
-    pairs = terms.mean(2)
-    noise = None
-    if replicates == 1:
-        noise = roughness(pairs)
-    return Evaluation(
-        prior, terms.sum(1), decoder, calls, noise, integrand=_integrand(drawer, pairs)
-    )
+def _full(drawers: list[Drawer], replicates: int, offset: float) -> list[Evaluation]:
+    terms = every_term(drawers, replicates)
+    calls = float(max(replicates * len(drawers[0].times), len(drawers[0].times) + 1))
+    return [_of_terms(terms.combined(w), calls, o) for w, o in _combinations(len(drawers), offset)]
 
 
-def _full_batch(
-    drawer: Drawer, x_0: Tensor, rows: Tensor, replicates: int, calls: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    n = len(drawer.times)
-    terms = torch.empty(len(rows), n - 1, replicates, dtype=torch.float64)
-    decoder = torch.empty(len(rows), max(replicates, 2), dtype=torch.float64)
-    for r in range(decoder.shape[1]):
-        decoder[:, r] = drawer.term(x_0, rows, torch.tensor(0), "full", r, 0)[0]
-    for r in range(replicates):
-        for i in range(1, n):
-            terms[:, i - 1, r] = drawer.term(x_0, rows, torch.tensor(i), "full", r, i)[0]
-            drawer.tick(calls)
-    return prior_term(drawer.model, x_0, drawer.times).cpu(), terms, decoder
-
-
-def roughness(pairs: Tensor) -> Tensor:
-    """(n,) Monte-Carlo variance of Σ_i term_i from one independent draw of each.
-
-    Second differences (a − 2b + c)²/6 of neighbouring terms have the variance of one of them as
-    their mean, plus a little where the expected terms bend: on the safe side.
-
-    Arguments:
-        pairs: (n, N−1); nan with fewer than three pairs.
-    """
-    if pairs.shape[1] < 3:
-        return torch.full((len(pairs),), math.nan, dtype=torch.float64)
-    second = pairs[:, :-2] - 2 * pairs[:, 1:-1] + pairs[:, 2:]
-    return (second**2).mean(1) / 6 * pairs.shape[1]
-
-
-def _integrand(drawer: Drawer, pairs: Tensor, most: int = 200) -> Integrand | None:
-    """Neighbouring pairs averaged to at most `most` points (their noise is independent)."""
-    logsnr = drawer.model.process.schedule.logsnr(drawer.times).cpu()
-    # a last step that erases everything ends at log-SNR −∞ and has no density
-    pairs, logsnr = pairs[:, logsnr[1:].isfinite()], logsnr[logsnr.isfinite()]
-    if pairs.shape[1] == 0:
-        return None
-    density = pairs / (logsnr[:-1] - logsnr[1:])
-    centre = 0.5 * (logsnr[:-1] + logsnr[1:])
-    size = math.ceil(len(centre) / most)
-    grouped = [density[:, a : a + size].mean(1) for a in range(0, len(centre), size)]
-    values = torch.stack(grouped, 1)
-    where = torch.stack([centre[a : a + size].mean() for a in range(0, len(centre), size)])
-    se = values.std(0) / math.sqrt(len(values))
-    return Integrand(where, values.mean(0), se)
+def _of_terms(terms: Terms, calls: float, offset: float) -> Evaluation:
+    table = terms.values(offset)
+    check_finite(table["total"])
+    return Evaluation(table, terms.estimates(offset), calls, 0, terms.integrand())

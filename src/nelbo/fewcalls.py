@@ -1,212 +1,260 @@
-r"""The bound from a few network calls per example.
+r"""The bound from a few network calls per example, or from fewer than one.
 
-K calls per example are spent in two independent replicates. Each measures the decoder term once
-and spends its other k calls on the pair terms: a number v in (0, 1) picks a pair i = F⁻¹(v) under
-probabilities p_i, and
+A pilot on training examples fixes with which probability p_i each term is drawn (`pilot`). A
+design pairs examples with terms (`design`). Each draw costs one network call per model, and what a
+stand-in fitted on the other draws cannot explain (`surrogate`) is accounted for (`accounting`):
 
-    diffusion ≈ Σ_i B_i + (1/k) Σ_j [term_i − b_i (G_i − E[G_i|x_0]) − B_i]/p_i,   i = i_j,
+    L̂ = mean over the set of [prior + Σ_i E h_i] + mean over the draws of (term_i − h_i)/p_i.
 
-    v_j = (2j + 2u)/k and (2j + 2 − 2u)/k,   j < k/2,
-
-two mirrored nodes in each stratum (and one node in a stratum of half the width if k is odd). Every
-node is uniform on its stratum, so the estimate is unbiased; what is linear within a stratum costs
-nothing. G is a stand-in for the term with known expectation (`controls`);
-B_i = a_i + e_i min(E[G_i|x_0], m_i) is a guess of the term of this example, of which all N−1 are
-summed without the network. p_i is proportional to the spread of what is left. p, a, b, e and m are
-fixed beforehand on training examples: refitting them on the draws that they weigh would bias the
-result.
+Nothing that weighs a draw was fitted on it, the probabilities are known, and nothing is clipped,
+so the estimate is unbiased for the bound of this very set. Rounds of growing size are added until
+a wanted error is reached (`until`). Two models are measured on the same examples, terms and noise,
+and the difference of their terms is estimated like a bound of its own.
 
 References:
-    Neyman 1934 (allocation to strata); Hammersley, Morton 1956 (antithetic nodes).
+    Kingma et al. 2021 (low-discrepancy times); Cochran 1977, ch. 5, 7, 12.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from nelbo.accounting import Account, account
 from nelbo.bound import prior_term
 from nelbo.controls import Control
-from nelbo.drawing import Drawer, Integrand
+from nelbo.design import Design, design
+from nelbo.drawing import Drawer, check_finite
+from nelbo.pilot import Draws, draw, expectation, fluctuation, probabilities
+from nelbo.rounds import Round
+from nelbo.surrogate import Nodes, hat_count, hats, width_of
 
-POINTS = 48
-"""Pairs at which the pilot measures."""
+FOLDS = 5
+PILOT_SHARE, PILOT_LEAST, PILOT_MOST = 0.1, 256, 2048
+"""Calls of the pilot: a share of those of the evaluation, within limits."""
 
 
 @dataclass(frozen=True)
-class Design:
-    """What is fixed before the first example is measured; each (N−1,) float64.
+class Plan:
+    """What an evaluation with few calls may use; each can be switched off.
 
     Arguments:
-        probability: p, with which pairs are drawn.
-        level, share, most: a, e and m of the guess B_i = a_i + e_i min(E[G_i|x_0], m_i), nats.
-        slope: b, by which the fluctuation of G is taken away.
+        controls: control variates.
+        features: (n, L) of the data and (m, L) of the pilot's examples, or None.
+        allocate: draw terms as the pilot says; otherwise all with equal probability.
+        latin: pair examples and times as a Latin hypercube; otherwise independently.
+        crossfit: fit the stand-in on the other folds as well; otherwise on the pilot alone.
     """
 
-    probability: Tensor
-    level: Tensor
-    share: Tensor
-    most: Tensor
-    slope: Tensor
+    controls: tuple[Control, ...] = ()
+    features: tuple[Tensor, Tensor] | None = None
+    allocate: bool = True
+    latin: bool = True
+    crossfit: bool = True
 
 
-class Few(NamedTuple):
-    """Raw values of a few-call evaluation, nats: prior (n,), diffusion and decoder (n, 2)."""
+def standardized(features: tuple[Tensor, Tensor] | None, n: int, m: int) -> tuple[Tensor, Tensor]:
+    """Features of data and pilot on the pilot's scale; (n, 0) and (m, 0) without any."""
+    if features is None:
+        return torch.zeros(n, 0, dtype=torch.float64), torch.zeros(m, 0, dtype=torch.float64)
+    data, pilot = features
+    scale = pilot.std(0)
+    used = scale > 1e-9
+    mean, scale = pilot.mean(0)[used], scale[used]
+    return (data[:, used] - mean) / scale, (pilot[:, used] - mean) / scale
 
-    prior: Tensor
-    diffusion: Tensor
-    decoder: Tensor
-    integrand: Integrand
 
-
-def pilot(drawer: Drawer, examples: Tensor, control: Control | None) -> Design:
-    """Fit the design on training examples.
-
-    At up to 48 pairs two draws per example are taken. With f = G − E[G|x_0], half the mean product
-    of the differences of the two draws is a covariance within an example: b = cov(term, f)/var(f).
-    a and e are the least-squares line of the mean term on E[G|x_0] over examples, which is trusted
-    up to the largest E[G|x_0] among them: an example unlike all of these (a pixel lit that never
-    was) would have a wild guess, and pay for it in variance. p is the root mean square of what is
-    left. All are interpolated between the pairs measured, and p is mixed
-    with 5 % of its mean, so that no pair is left out.
+class FewCalls:
+    """Rounds of a few-call evaluation of one model, or of several on the same draws.
 
     Arguments:
-        examples: (m, *shape) stored training examples, m ≥ 2.
+        drawers: one per model, of the same data, grid, batch and seed.
+        pilot: (m, *shape) stored training examples. calls: planned, for the size of the pilot.
     """
-    pairs = len(drawer.times) - 1
-    x_0 = drawer.encode(examples).to(drawer.device)
-    rows = torch.arange(len(examples))
-    expected = _expected(control, x_0, drawer.times)
-    at = torch.linspace(0, pairs - 1, min(POINTS, pairs)).round().long().unique()
-    fits = torch.zeros(4, len(at), dtype=torch.float64)
-    for j, pair in enumerate(at):
-        draws = [_measured(drawer, x_0, rows, pair, control, "pilot", r, j) for r in range(2)]
-        fits[:, j] = _fit(draws, expected[:, pair])
-    spread, level, share, slope = (interpolated(at, values, pairs) for values in fits)
-    spread = spread + 0.05 * spread.mean() + torch.finfo(torch.float64).tiny
-    return Design(spread / spread.sum(), level, share, expected.max(0).values, slope)
+
+    def __init__(self, drawers: list[Drawer], pilot: Tensor, plan: Plan, calls: float) -> None:
+        self.drawers = drawers
+        self.plan = plan
+        n = len(drawers[0].data)
+        self.features, known = standardized(plan.features, n, len(pilot))
+        budget = min(max(PILOT_SHARE * calls * n, PILOT_LEAST), PILOT_MOST)
+        self.draws: Draws = draw(drawers, pilot, known, plan.controls, round(budget))
+        self.pilot_calls = len(self.draws.terms)
+        self.rounds: list[Round] = []
+
+    # --- drawing -------------------------------------------------------------------------------
+
+    def add(self, calls: float) -> None:
+        """One more round of `calls` network calls per example."""
+        drawer, number = self.drawers[0], len(self.rounds)
+        p = self._probabilities()
+        latin = self.plan.latin
+        plan = design(len(drawer.data), calls, FOLDS, drawer.seed, number, latin=latin)
+        fitted = self.pilot_calls + (plan.calls if self.plan.crossfit else 0)
+        count = hat_count(fitted, width_of(self.draws.nodes), len(drawer.times) - 1)
+        phi = hats(_middle(p[1:]), count)
+        parts = [self._batch(rows, x_0, plan, p, phi) for rows, x_0 in drawer.batches()]
+        k, models, q = plan.both.shape[1], len(self.drawers), len(self.plan.controls)
+        widths: list[tuple[int, ...]]
+        widths = [(models,), (count, q), (k,), (k, models), (k, q), (k, q)]
+        prior, sums, index, terms, stand_in, moved = (
+            drawer.collect([part[j] for part in parts], widths[j]) for j in range(6)
+        )
+        drawn = index.isfinite()
+        known = self.features[drawn.nonzero()[:, 0]]
+        nodes = Nodes(index[drawn].long(), stand_in[drawn], moved[drawn], known)
+        check_finite(torch.where(drawn[..., None], terms, 0.0).sum((1, 2)) + prior.sum(1))
+        place = index.nan_to_num(nan=-1.0).long()
+        self.rounds.append(Round(plan, p, phi, prior, sums, place, terms, nodes, self.features))
+
+    def _probabilities(self) -> Tensor:
+        n = len(self.drawers[0].times)
+        if not self.plan.allocate:
+            return torch.full((n,), 1 / n, dtype=torch.float64)
+        terms = self.draws.terms
+        wanted = [terms[:, 0]] + [terms[:, 0] - terms[:, m] for m in range(1, terms.shape[1])]
+        return probabilities(self.drawers[0], self.draws, wanted)
+
+    def _batch(
+        self, rows: Tensor, x_0: Tensor, plan: Design, p: Tensor, phi: Tensor
+    ) -> tuple[Tensor, ...]:
+        drawer, number = self.drawers[0], len(self.rounds)
+        found = expectation(self.plan.controls, x_0, drawer.times)
+        expected = torch.minimum(found, self.draws.most)
+        prior = torch.stack([prior_term(d.model, x_0, d.times).cpu() for d in self.drawers], 1)
+        columns_of: list[list[Tensor]] = [[], [], [], []]
+        cdf = p.cumsum(0)
+        for j, v in enumerate(plan.both[rows].T):
+            node = self._node(rows, x_0, v, cdf, expected, f"round {number}", j)
+            for column, value in zip(columns_of, node, strict=True):
+                column.append(value)
+            drawer.tick((plan.calls + self.calls) / len(drawer.data))
+        index, terms, stand_in, moved = (torch.stack(c, 1) for c in columns_of)
+        sums = torch.einsum("bnq,nk->bkq", expected, phi[1:])
+        return prior, sums, index, terms, stand_in, moved
+
+    def _node(
+        self,
+        rows: Tensor,
+        x_0: Tensor,
+        v: Tensor,
+        cdf: Tensor,
+        expected: Tensor,
+        purpose: str,
+        j: int,
+    ) -> list[Tensor]:
+        """Term index (B,), terms (B, models), G̅ and fluctuation (B, Q); nan where v is."""
+        drawer = self.drawers[0]
+        seen = v.isfinite().nonzero()[:, 0]
+        widths = ((), (len(self.drawers),), (expected.shape[2],), (expected.shape[2],))
+        out = [torch.full((len(rows), *w), math.nan, dtype=torch.float64) for w in widths]
+        if len(seen):
+            index = torch.zeros(len(rows), dtype=torch.int64)
+            place = torch.searchsorted(cdf, v[seen] * cdf[-1], right=True)
+            index[seen] = place.clamp(max=len(cdf) - 1)
+            # whole blocks are drawn, so that the noise of an example does not depend on the others
+            x_t = drawer.latent(x_0, rows, drawer.times[index], "few", purpose, j)
+            here = seen.to(x_0.device)
+            some, x, y = index[seen], x_0[here], x_t[here]
+            terms = torch.stack([d.value(y, x, some) for d in self.drawers], 1)
+            stand_in = expected[seen, (some - 1).clamp(min=0)] * (some > 0)[:, None]
+            moved = fluctuation(self.plan.controls, x, y, drawer.times, some)
+            for table, value in zip(out, (some.double(), terms, stand_in, moved), strict=True):
+                table[seen] = value
+        return out
+
+    # --- what it says ----------------------------------------------------------------------------
+
+    @property
+    def calls(self) -> int:
+        """Network calls of all rounds, of each model."""
+        return sum(r.design.calls for r in self.rounds)
+
+    def account(self, component: str, weights: Tensor, without: tuple[str, ...] = ()) -> Account:
+        """The mean of a component over the set, all rounds together.
+
+        Arguments:
+            component: "diffusion", "reconstruction" or "total".
+            weights: (models,) of a linear combination of the models' terms.
+            without: groups of columns that the stand-in does not use.
+        """
+        parts = [self._one(r, component, weights, without) for r in self.rounds]
+        shares = [r.design.calls / self.calls for r in self.rounds]
+        mc = sum((w * a.se_mc) ** 2 for w, a in zip(shares, parts, strict=True))
+        # the population's part is not lowered by more draws on the same examples
+        beyond = sum(w * (a.se**2 - a.se_mc**2) for w, a in zip(shares, parts, strict=True))
+        values = torch.stack([w * a.values for w, a in zip(shares, parts, strict=True)]).sum(0)
+        return Account(values, math.sqrt(mc), math.sqrt(mc + beyond))
+
+    def _one(self, r: Round, component: str, weights: Tensor, without: tuple[str, ...]) -> Account:
+        base, residuals = r.residuals(
+            component,
+            weights,
+            self.draws.gram(r.phi, self.draws.terms @ weights, r.p),
+            without=without,
+            fit=self.plan.crossfit,
+        )
+        return account(base, residuals, r.design, self.plan.latin)
 
 
-def _fit(draws: list[tuple[Tensor, Tensor]], expected: Tensor) -> Tensor:
-    """(4,) spread, level, share and slope at one pair, from two draws of (term, f)."""
-    (one, f_one), (two, f_two) = draws
-    rise, run = one - two, f_one - f_two
-    slope = _ratio((rise * run).sum(), (run * run).sum())
-    steadied = torch.stack([one - slope * f_one, two - slope * f_two])
-    centred = expected - expected.mean()
-    share = _ratio((steadied.mean(0) * centred).sum(), (centred**2).sum())
-    level = steadied.mean() - share * expected.mean()
-    spread = (steadied - level - share * expected).pow(2).mean().sqrt()
-    return torch.stack([spread, level, share, slope])
+def _middle(p: Tensor) -> Tensor:
+    """(N−1,) in [0, 1]: the cdf at the middle of every pair, where hats have equal shares."""
+    cdf = p.cumsum(0)
+    position: Tensor = (cdf - 0.5 * p) / cdf[-1]
+    return position.clamp(0, 1)
 
 
-def _ratio(above: Tensor, below: Tensor) -> Tensor:
-    return above / below if bool(below > 0) else torch.zeros_like(above)
-
-
-def _expected(control: Control | None, x_0: Tensor, times: Tensor) -> Tensor:
-    """E[G_i|x_0] (B, N−1) on the CPU; zeros without a control."""
-    if control is None:
-        return torch.zeros(len(x_0), len(times) - 1, dtype=torch.float64)
-    return control.expected(x_0, times).cpu()
-
-
-def _measured(
-    drawer: Drawer,
-    x_0: Tensor,
-    rows: Tensor,
-    pair: Tensor,
-    control: Control | None,
-    *purpose: str | int,
-) -> tuple[Tensor, Tensor]:
-    """A pair term and f; pair () or (B,) in 0..N−2 stands for (times[pair], times[pair + 1])."""
-    value, x_t = drawer.term(x_0, rows, pair + 1, *purpose)
-    if control is None:
-        return value, torch.zeros_like(value)
-    s, t = drawer.times[pair], drawer.times[pair + 1]
-    return value, control.fluctuation(x_0, x_t, s, t).cpu()
-
-
-def measure(drawer: Drawer, calls: int, design: Design, control: Control | None) -> Few:
-    """`calls` network calls per example, at least 4, in two replicates."""
-    parts = [_batch(drawer, x_0, rows, calls, design, control) for rows, x_0 in drawer.batches()]
-    nodes = calls - 2
-    widths: list[tuple[int, ...]] = [(), (2,), (2,), (nodes,), (nodes,)]
-    prior, diffusion, decoder, pair, terms = (
-        drawer.collect([part[k] for part in parts], widths[k]) for k in range(5)
-    )
-    return Few(prior, diffusion, decoder, _scattered(drawer, pair.long(), terms))
-
-
-def _batch(
-    drawer: Drawer,
-    x_0: Tensor,
-    rows: Tensor,
-    calls: int,
-    design: Design,
-    control: Control | None,
-) -> tuple[Tensor, ...]:
-    decoder, diffusion, pairs, terms = [], [], [], []
-    cdf = design.probability.cumsum(0)
-    expected = torch.minimum(_expected(control, x_0, drawer.times), design.most)
-    guess = design.level + design.share * expected
-    for r in range(2):
-        decoder.append(drawer.term(x_0, rows, torch.tensor(0), "few", r, "decoder")[0])
-        k = calls // 2 - 1 + (calls % 2 if r == 0 else 0)
-        estimate = guess.sum(1)
-        for j, v in enumerate(nodes(drawer.uniform(rows, 2, "nodes", k, r), k)):
-            pair = torch.searchsorted(cdf, v * cdf[-1], right=True).clamp(max=len(cdf) - 1)
-            value, f = _measured(drawer, x_0, rows, pair, control, "few", r, j)
-            steadied = value - design.slope[pair] * f
-            guessed = guess.gather(1, pair[:, None])[:, 0]
-            estimate += (steadied - guessed) / design.probability[pair] / k
-            pairs.append(pair.double())
-            terms.append(steadied)
-            drawer.tick(calls)
-        diffusion.append(estimate)
-    prior = prior_term(drawer.model, x_0, drawer.times).cpu()
-    return (prior, *(torch.stack(v, 1) for v in (diffusion, decoder, pairs, terms)))
-
-
-def nodes(u: Tensor, k: int) -> list[Tensor]:
-    """k numbers per example in (0, 1), mirrored within strata of width 2/k.
+@dataclass(frozen=True)
+class Target:
+    """Run until an error is at most `value`, in nats per example.
 
     Arguments:
-        u: (B, 2) uniform; the second column serves the single node of an odd k.
+        error: "se_mc" or "se".
+        most: network calls per example, at which to stop all the same; None: no limit.
+        report: told (calls per example so far, error so far) after every round.
     """
-    out = []
-    for j in range(k // 2):
-        out += [(2 * j + 2 * u[:, 0]) / k, (2 * j + 2 - 2 * u[:, 0]) / k]
-    return [*out, (k - 1 + u[:, 1]) / k] if k % 2 else out
+
+    value: float
+    error: str = "se_mc"
+    most: float | None = None
+    report: Callable[[float, float], None] = lambda calls, error: None
 
 
-def interpolated(at: Tensor, values: Tensor, length: int) -> Tensor:
-    """Linear interpolation of values at increasing integers `at` to 0..length−1."""
-    i = torch.arange(length)
-    right = torch.searchsorted(at, i).clamp(max=len(at) - 1)
-    left = (right - 1).clamp(min=0)
-    share = ((i - at[left]).double() / (at[right] - at[left]).clamp(min=1)).clamp(0, 1)
-    return values[left] + share * (values[right] - values[left])
+def until(few: FewCalls, target: Target, first: float) -> None:
+    """Add rounds until the error of the total is reached.
+
+    A round is at least as large as all before it together, so that there are few of them, and at
+    most what the error so far asks for with a margin of 10 %.
+    """
+    n, one = len(few.drawers[0].data), _unit(few, 0)
+    step = first
+    while True:
+        few.add(_allowed(step, few.calls / n, target.most))
+        found = few.account("total", one)
+        error = getattr(found, target.error)
+        spent = few.calls / n
+        target.report(spent, error)
+        full = target.most is not None and spent >= 0.99 * target.most
+        beyond = found.se**2 - found.se_mc**2 if target.error == "se" else 0.0
+        if error <= target.value or full or target.value**2 <= beyond:
+            return
+        needed = spent * found.se_mc**2 / (target.value**2 - beyond) * 1.1
+        step = max(spent, min(needed - spent, 16 * spent))
 
 
-def _scattered(drawer: Drawer, pair: Tensor, terms: Tensor, most: int = 40) -> Integrand:
-    """The integrand from scattered terms, mean and error in bins of log-SNR: a picture only."""
-    logsnr = drawer.model.process.schedule.logsnr(drawer.times).cpu()
-    # a last step that erases everything ends at log-SNR −∞ and has no density
-    drawn, logsnr = logsnr[1:].isfinite()[pair], logsnr[logsnr.isfinite()]
-    width, centre = logsnr[:-1] - logsnr[1:], 0.5 * (logsnr[:-1] + logsnr[1:])
-    place = pair[drawn]
-    density = terms[drawn] / width[place]
-    bins = min(most, len(width))
-    of = place * bins // len(width)
-    count = torch.bincount(of, minlength=bins).double()
-    zero = torch.zeros(bins, dtype=torch.float64)
-    mean = zero.index_add(0, of, density) / count
-    square = zero.index_add(0, of, (density - mean[of]) ** 2)
-    where = zero.index_add(0, of, centre[place]) / count
-    seen = (count > 1) & torch.isfinite(where)  # a chain may end at a log-SNR of −∞
-    se = (square / (count - 1) / count).sqrt()
-    return Integrand(where[seen], mean[seen], se[seen])
+def _allowed(step: float, spent: float, most: float | None) -> float:
+    """A size that a design can have: whole from 2 on, and within what is left."""
+    if most is not None and step >= most - spent:
+        left = most - spent
+        return float(math.floor(left)) if left >= 2 else left
+    return float(math.ceil(step)) if step > 1.5 else step
+
+
+def _unit(few: FewCalls, model: int) -> Tensor:
+    out = torch.zeros(len(few.drawers), dtype=torch.float64)
+    out[model] = 1
+    return out

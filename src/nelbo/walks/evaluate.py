@@ -4,85 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nelbo import console
 from nelbo.commands import Evaluate
-from nelbo.controls import Control, Wiener
 from nelbo.data.base import Dataset
 from nelbo.estimate import Estimate
-from nelbo.evaluation import TERMS, Evaluation, evaluate
+from nelbo.evaluation import TERMS, Evaluation
 from nelbo.files import write_json_atomic
 from nelbo.likelihood import ImportanceWeighted
-from nelbo.processes.gaussian import Gaussian
 from nelbo.recipes.recipe import Subject
-from nelbo.reverse import Reverse
-from nelbo.walks import comparison, weighted
+from nelbo.walks import comparison, devices, weighted
+from nelbo.walks.measuring import Request, measure
 from nelbo.walks.stored import Stored, device_of, open_run, save_arrays
-
-FITTED, MOST_DIMS = 20_000, 4096
-"""Training examples for the covariance of the control variate, and the largest one."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to measure."""
-
-    split: str = "test"
-    calls: int | None = None
-    seed: int = 0
-    batch: int = 512
-    limit: int | None = None
-    control: bool = True
-    quiet: bool = False
-    importance: int | None = None
-    """Joint trajectories per example of the importance-weighted bound."""
-    pilot: int = 64
-    """Training examples on which the design of a few-call evaluation is fixed."""
-
-
-def measure(
-    subject: Subject, model: Reverse, request: Request, title: str = "evaluate"
-) -> Evaluation:
-    """The bound of `model` on a part of its data, with progress on stderr."""
-    dataset = subject.dataset
-    rows = getattr(dataset, request.split)[: request.limit]
-    tensors = [*model.parameters(), *model.buffers()]
-    device = tensors[0].device if tensors else torch.device("cpu")  # an exact denoiser has none
-    with console.Meter(title, 1, "calls", request.quiet) as meter:
-        return evaluate(
-            model,
-            rows,
-            subject.times,
-            encode=dataset.encode,
-            calls=request.calls,
-            pilot=dataset.train[: request.pilot],
-            control=_control(subject, request),
-            batch=request.batch,
-            seed=request.seed,
-            offset=dataset.offset(),
-            device=device,
-            track=lambda done, total: meter.update(done, total=total),
-        )
-
-
-def _control(subject: Subject, request: Request) -> Control | None:
-    """The Wiener control variate of the training data, where there is one and it is affordable."""
-    process, dataset = subject.model.process, subject.dataset
-    if not _uses_control(subject, request) or not isinstance(process, Gaussian):
-        return None
-    return Wiener.of(process, dataset.encode(dataset.train[:FITTED]))
-
-
-def _uses_control(subject: Subject, request: Request) -> bool:
-    few = request.calls is not None and request.calls < len(subject.times)
-    gaussian = isinstance(subject.model.process, Gaussian)
-    return request.control and few and gaussian and subject.dataset.dims <= MOST_DIMS
 
 
 def document(subject: Subject, step: int, request: Request, result: Evaluation) -> dict[str, Any]:
@@ -93,7 +30,7 @@ def document(subject: Subject, step: int, request: Request, result: Evaluation) 
         "data": {
             "name": dataset.name,
             "split": request.split,
-            "n": len(result.prior),
+            "n": len(result.table["prior"]),
             "dims": dataset.dims,
             "shape": list(dataset.shape()),
             "levels": dataset.levels,
@@ -102,11 +39,20 @@ def document(subject: Subject, step: int, request: Request, result: Evaluation) 
         "model": {**subject.description, "weights": "ema", "step": step},
         "calls_per_example": result.calls,
         "pilot_calls": result.pilot_calls,
-        "control": "wiener" if _uses_control(subject, request) else "none",
+        **few_entry(result, dataset.dims),
         "seed": request.seed,
         "terms": _terms(result, dataset.dims),
         "baselines": baselines(dataset, request),
     }
+
+
+def few_entry(result: Evaluation, dims: int) -> dict[str, Any]:
+    """What each device of a few-call evaluation saved."""
+    scale = dims * math.log(2)
+    rows = [
+        {"name": s.name, "se_mc": s.se_mc / scale, "calls_ratio": s.calls} for s in result.savings
+    ]
+    return {"savings": rows} if rows else {}
 
 
 def _terms(result: Evaluation, dims: int) -> dict[str, Any]:
@@ -143,7 +89,7 @@ def truth(subject: Subject, request: Request) -> dict[str, Any]:
     dims = subject.dataset.dims
     # betas that were learned are the exact model's too
     subject.exact.process.load_state_dict(subject.model.process.state_dict())
-    exact = measure(subject, subject.exact, request, "exact denoiser")
+    (exact,) = measure(subject, [subject.exact], request, "exact denoiser")
     entropy = Estimate(known.entropy, 0.0, 0.0, exact.estimates()["total"].n)
     return {"truth": {"entropy": entry(entropy, dims), "exact_denoiser": _terms(exact, dims)}}
 
@@ -168,16 +114,24 @@ def write(
     tighter = {} if found is None else weighted.entry(found, subject.dataset.dims)
     value = {**document(subject, stored.step, request, result), **extra, **tighter, **known}
     comparison.pair_gaps(value)
-    calls = "full" if request.calls is None else f"calls{request.calls}"
-    part = request.split if request.limit is None else f"{request.split}{request.limit}"
-    many = "" if request.importance is None else f"-importance{request.importance}"
-    name = f"{part}-step{stored.step:08d}-{calls}{many}-seed{request.seed}"
+    name = name_of(request, stored.step, len(subject.times))
     folder = stored.directory.evaluation
     folder.mkdir(exist_ok=True)
     more = comparison.arrays(subject, rows) | ({} if found is None else weighted.arrays(found))
     _write_npz(folder / f"{name}.npz", result, more)
     write_json_atomic(folder / f"{name}.json", value)
     return value
+
+
+def name_of(request: Request, step: int, latents: int) -> str:
+    """What was measured, in a file name."""
+    part = request.split if request.limit is None else f"{request.split}{request.limit}"
+    many = "" if request.importance is None else f"-importance{request.importance}"
+    without = "".join(f"-no-{name}" for name in sorted(request.without))
+    calls = "full"
+    if request.few(latents):
+        calls = f"calls{request.calls:g}" if request.until is None else f"until{request.until:g}"
+    return f"{part}-step{step:08d}-{calls}{many}{without}-seed{request.seed}"
 
 
 def _write_npz(path: Path, result: Evaluation, more: dict[str, Tensor]) -> None:
@@ -201,14 +155,22 @@ def lines(value: dict[str, Any]) -> str:
         f"{data['name']}, {data['split']} split, n = {data['n']}, {data['dims']} dimensions\n"
         f"{model['parameterization']}, variance {model['variance']}, decoder {model['decoder']}\n"
         f"{model['grid']}; weights {model['weights']} of step {model['step']}; "
-        f"{value['calls_per_example']:g} network calls per example\n"
+        f"{value['calls_per_example']:.4g} network calls per example\n"
     )
     header = ["bound", "bits/dim", "± se", "± se_mc", "bits/example"]
     table = console.clean(head) + "\n" + console.table(rows, header)
     parts = [table]
+    parts += [_saved(value["savings"])] if "savings" in value else []
     parts += [weighted.lines(value)] if "importance" in value else []
     parts += [comparison.lines(value)] if "comparison" in value else []
     return "\n\n".join(parts)
+
+
+def _saved(rows: list[dict[str, Any]]) -> str:
+    """What each device saved, as a table."""
+    header = ["the same calls", "± se_mc", "calls for the same error"]
+    body = [[r["name"], f"{r['se_mc']:.5f}", f"{r['calls_ratio']:.3g}x"] for r in rows]
+    return console.table(body, header)
 
 
 def _row(term: dict[str, Any]) -> list[str]:
@@ -229,7 +191,7 @@ def run(options: Evaluate) -> dict[str, Any]:
     stored = open_run(options.run, options.checkpoint, device)
     request = request_of(options)
     found = _weigh(stored.subject, request, device)
-    result = measure(stored.subject, stored.subject.model, request)
+    (result,) = measure(stored.subject, [stored.subject.model], request)
     value = write(stored, request, result, truth(stored.subject, request), found)
     print(json.dumps(value, indent=1) if options.json else lines(value))
     return value
@@ -243,9 +205,11 @@ def request_of(options: Evaluate) -> Request:
         options.seed,
         options.batch,
         options.limit,
-        options.control == "wiener",
         options.quiet,
         options.importance,
+        without=devices.parse(options.without),
+        until=options.until,
+        error=options.error,
     )
 
 

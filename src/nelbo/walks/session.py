@@ -16,7 +16,7 @@ from nelbo.files import set_aside
 from nelbo.recipes.recipe import Recipe
 from nelbo.rundir import RunDirectory
 from nelbo.trainer import Record, Trainer
-from nelbo.walks import evaluate as evaluating
+from nelbo.walks.measuring import Request, measure
 from nelbo.walks.signals import Stop
 from nelbo.walks.stored import PLAYER, best_step
 
@@ -150,8 +150,8 @@ class Session:
         if len(self.recipe.dataset.validation) < 2:
             return
         calls = self.recipe.options.validate_calls
-        request = evaluating.Request("validation", calls, seed=0, quiet=True, pilot=16)
-        result = evaluating.measure(self.recipe, self.model, request)
+        request = Request("validation", calls, seed=0, quiet=True)
+        (result,) = measure(self.recipe, [self.model], request)
         estimate = result.estimates()["total"].bits_per_dim(self.recipe.dataset.dims)
         self.validation = estimate.as_json()
         row = {"step": self.trainer.step, "seconds": round(self.seconds, 3)}

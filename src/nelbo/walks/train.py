@@ -21,6 +21,7 @@ from nelbo.samplers import Ancestral
 from nelbo.trainer import Player, Rate, Trainer
 from nelbo.walks import evaluate as evaluating
 from nelbo.walks import sample as sampling
+from nelbo.walks.measuring import Request, measure
 from nelbo.walks.session import Session
 from nelbo.walks.signals import Stop, ending
 from nelbo.walks.stored import PLAYER, Stored, check_data, device_of, options_of
@@ -142,8 +143,8 @@ def finish(session: Session, device: str, as_json: bool) -> None:
     recipe = dataclasses.replace(session.recipe, model=session.model)
     stored_run = Stored(session.directory, recipe, session.trainer.step, {})
     options = recipe.options
-    request = evaluating.Request("test", options.calls, options.seed, quiet=session.quiet)
-    result = evaluating.measure(recipe, recipe.model, request)
+    request = Request("test", options.calls, options.seed, quiet=session.quiet)
+    (result,) = measure(recipe, [recipe.model], request)
     extra = evaluating.truth(recipe, request)
     value = evaluating.write(stored_run, request, result, extra)
     times = recipe.times
