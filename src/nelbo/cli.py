@@ -79,9 +79,10 @@ def evaluate(arguments: list[str]) -> int:
     """Measure the bound of a run's model on its data."""
     options = _parse("Evaluate", arguments)
     from nelbo.walks import evaluate as walk
+    from nelbo.walks import steps
 
     _threads(options.threads)
-    walk.run(options)
+    (steps if steps.asked(options) else walk).run(options)
     return 0
 
 

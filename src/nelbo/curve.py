@@ -88,7 +88,7 @@ class Curve:
         return self._ends() + self._integral(torch.arange(len(self.times)))
 
     def resolution(self) -> float:
-        """What the trapezoids of `continuous` may be off, nats: a third of what half of them do."""
+        """How far `continuous` may be off, nats: a third of what half of its trapezoids change."""
         every = torch.arange(len(self.times))
         half = even(len(every), max(len(every) // 2, 2))
         both = (self._integral(k).mean() for k in (every, half))

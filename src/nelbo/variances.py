@@ -129,15 +129,15 @@ class Optimal(Variance, Float64):
         return along(torch.logaddexp(pair.log_posterior, learned), like)
 
     def _error(self, t: Tensor) -> Tensor:
-        t = t.to(self.times.device)
-        index = torch.searchsorted(self.times, t - 1e-9).clamp(max=len(self.times) - 1)
+        here = t.to(self.times.device)
+        index = torch.searchsorted(self.times, here - 1e-9).clamp(max=len(self.times) - 1)
         # elsewhere the check would stall the queue at every step
-        if t.device.type == "cpu" and bool(((self.times[index] - t).abs() > 1e-6).any()):
+        if here.device.type == "cpu" and bool(((self.times[index] - here).abs() > 1e-6).any()):
             raise ValueError(
                 "the optimal variance was measured at other times: take times from the grid on "
                 "which its error curve was fitted"
             )
-        return self.error[index]
+        return self.error[index].to(t.device)
 
 
 class Instead(Variance):
