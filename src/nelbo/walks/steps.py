@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from typing import Any
 
@@ -243,11 +244,16 @@ def lines(value: dict[str, Any]) -> str:
     header = ["latents", "grid", "variance", "predicted", "gap", "evaluated", "± se_mc"]
     table = console.table(rows, header)
     parts = [console.clean(head + fitted) + "\n" + table]
-    richardson = (value["continuous"] or {}).get("richardson")
-    if richardson is not None:
-        shown = _figure(richardson)
-        parts.append(f"two grids extrapolated to infinity (no bound): {shown}")
+    parts += [] if value["continuous"] is None else [_limit(value["continuous"])]
     return "\n\n".join(parts)
+
+
+def _limit(found: dict[str, Any]) -> str:
+    """How exact the limit is, and what extrapolation makes of it."""
+    text = f"infinity: by trapezoids, off by about {found['resolution']:.4f}"
+    if "richardson" not in found:
+        return text
+    return f"{text}\nextrapolated from two grids (no bound): {_figure(found['richardson'])}"
 
 
 def _row(latents: int | str, grid: str, row: dict[str, Any]) -> list[str]:
@@ -267,4 +273,5 @@ def _row(latents: int | str, grid: str, row: dict[str, Any]) -> list[str]:
 def _figure(entry: dict[str, Any] | None) -> str:
     if entry is None:
         return "-"
-    return f"{entry['mean']:.4f} ± {entry['se']:.4f}"
+    se = math.nan if entry["se"] is None else entry["se"]
+    return console.figure(Estimate(entry["mean"], se, se, entry["n"], entry["unit"]))
