@@ -317,6 +317,24 @@ def agreement(sizes: tuple[int, ...], shift: int = 0) -> float:
     return worst
 
 
+def test_best_grids_are_better_where_it_is_measured_too() -> None:
+    """Paired over test examples: far below the even grid, for both variances (2 comparisons)."""
+    data, q = ring(8, 1.0, 0.15), LogSNRLinear(7.0, -6.0)
+    times = q.grid(60)
+    model = exact_model(data, q, Posterior(), Lose())
+    torch.manual_seed(1)
+    train, test = data.draw(300), data.draw(1000)
+    curve = measure(model, train, times, batch=4096)
+    for variance in (Posterior(), curve.optimal()):
+        totals = []
+        for kept in (even(60, 6), curve.subsets(variance, 6).best(6)):
+            chain = with_variance(strided(model, times[kept]), variance)
+            found = evaluate(chain, test, times[kept], batch=4096, replicates=4)
+            totals.append(found.values()["total"])
+        change = Estimate.of(totals[1] - totals[0])
+        assert change.mean < -z_limit(2) * change.se
+
+
 def z_between(predicted: Tensor, found: dict[str, Tensor]) -> float:
     a, b = Estimate.of(predicted), Estimate.of(found["total"])
     return abs(a.mean - b.mean) / math.hypot(a.se, b.se)

@@ -18,6 +18,7 @@ from nelbo.errors import UsageError
 from nelbo.walks.steps import sizes_of, variances_of
 
 SMALL = ["--steps", "4", "--width", "16", "--depth", "1", "--samples", "4", "--threads", "1"]
+QUICK = ["--calls", "4", "--validate-every", "0"]
 
 
 def evaluated(run: Path, *words: str) -> dict[str, Any]:
@@ -29,7 +30,9 @@ def evaluated(run: Path, *words: str) -> dict[str, Any]:
 
 
 def trained(folder: Path, recipe: str, *words: str) -> Path:
-    code, _, err = silent(["train", recipe, *SMALL, *words, "--out", str(folder), "--quiet"])
+    code, _, err = silent(
+        ["train", recipe, *SMALL, *QUICK, *words, "--out", str(folder), "--quiet"]
+    )
     assert code == 0, err
     return folder
 
@@ -168,8 +171,9 @@ def test_refusals_of_sampling(run: Path) -> None:
 
 def test_a_learned_variance(tmp_path: Path) -> None:
     """Even grids with the model's own variance have no prediction; optimal ones are refused."""
+    np.save(tmp_path / "rows.npy", np.random.default_rng(0).normal(size=(300, 2)))
     words = ["--variance", "between", "--latents", "12", "--edge", "following", "--batch", "16"]
-    run = trained(tmp_path / "run", "swissroll", *words)
+    run = trained(tmp_path / "run", "vectors", str(tmp_path / "rows.npy"), *words)
     fit = ["--fit", "20", "--limit", "20", "--steps", "4"]
     rows = evaluated(run, *fit, "--variance", "model,posterior,optimal")["steps"]
     assert [r["predicted"] is None for r in rows] == [True, False, False]
