@@ -380,3 +380,26 @@ def test_a_network_that_diverges_is_named() -> None:
     data[1] = torch.inf
     with pytest.raises(NumericalFailure, match="first ones \\[1\\]"):
         measure(model, data, q.grid())
+
+
+def test_smoothing_hides_noise_from_the_search_and_moves_no_figure() -> None:
+    """The best grid of a noisy curve promises too much; smoothed it keeps its promise.
+
+    Noise of 30 % at every time of one averaged example; the truth is the exact curve.
+    """
+    q = LogSNRLinear(8.0, -6.0)
+    exact = exact_curve(DATA, q, q.grid(1000))
+    torch.manual_seed(0)
+    error = exact.error * (1 + 0.3 * torch.randn(1, 1000).double()).clamp(min=0.05)
+    raw = Curve(exact.times, exact.process, error, exact.prior, exact.decoder, 2)
+    smooth = raw.smoothed()
+    everything = torch.arange(1000)
+    for kept in (everything, even(1000, 20)):
+        clean, same = (float(c.values(Posterior(), kept)) for c in (exact, exact.smoothed()))
+        assert abs(clean - same) < 2e-3 * abs(clean)
+    short = {}
+    for name, c in (("raw", raw), ("smooth", smooth)):
+        kept = c.subsets(Posterior(), 50).best(50)
+        promised, true = (float(x.values(Posterior(), kept)) for x in (c, exact))
+        short[name] = true - promised
+    assert abs(short["smooth"]) < 0.25 * short["raw"]

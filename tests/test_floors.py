@@ -32,6 +32,7 @@ _FLOORS = {
     "bits": (0, 2),
     "checkpoint": (0, 2),
     "subsets": (0, 2),
+    "interpolate": (0, 1),
     "console": (0, 2),
     "processes.base": (1, 0),
     "processes.gaussian": (1, 1),

@@ -22,6 +22,7 @@ References:
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from nelbo.distributions import expm1_minus, per_example
 from nelbo.drawing import Drawer
 from nelbo.errors import NumericalFailure
 from nelbo.estimate import Estimate
+from nelbo.interpolate import chebyshev, lagrange, neighbours
 from nelbo.processes.gaussian import Gaussian
 from nelbo.reverse import Decoder, Prediction, Reverse, gaussian_process
 from nelbo.subsets import Subsets, best_subsets, even
@@ -43,6 +45,8 @@ from nelbo.variances import Optimal, Variance
 
 NODES = 7
 """Variances at which a decoder that follows the first pair is measured, at every first time."""
+WIDTH, DECODER_WIDTH = 0.25, 0.1
+"""Reach in log-SNR of the means over neighbouring times, of the error and of the decoder term."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,20 @@ class Curve:
     decoder: Tensor
     dims: int
     offset: float = 0.0
+
+    def smoothed(self) -> Curve:
+        """The curve with means over neighbouring times, of (1 + snr) M_t and of the decoder term.
+
+        Both change little over a quarter of a unit of log-SNR, their noise much. A search among
+        all grids would pick the times whose error was drawn too small, and promise too much.
+        """
+        logsnr = self.process.schedule.logsnr(self.times)
+        scale = 1 + logsnr.exp()
+        return dataclasses.replace(
+            self,
+            error=neighbours(self.error * scale, logsnr, WIDTH) / scale,
+            decoder=neighbours(self.decoder, logsnr, DECODER_WIDTH),
+        )
 
     def optimal(self) -> Optimal:
         """The best scalar variance of every pair."""
@@ -163,7 +181,7 @@ class Curve:
         width = self.decoder.shape[2]
         place = (2 * log_variance - low - high) / max(high - low, 1e-12)
         # the ends of the range may come out beside it by a rounding
-        return _lagrange(place.clamp(-1, 1), width)
+        return lagrange(place.clamp(-1, 1), width)
 
 
 class _Pairs(NamedTuple):
@@ -196,18 +214,6 @@ def _range(process: Gaussian, times: Tensor, i: int) -> tuple[float, float]:
     return low, high
 
 
-def _chebyshev(width: int) -> Tensor:
-    return torch.cos(torch.pi * (torch.arange(width, dtype=torch.float64) + 0.5) / width)
-
-
-def _lagrange(place: Tensor, width: int) -> Tensor:
-    """(P, W) the value at `place` in [−1, 1] of the polynomials that are 1 at one node."""
-    order = torch.arange(width, dtype=torch.float64)
-    at, nodes = (torch.cos(order * v.acos()[:, None]) for v in (place, _chebyshev(width)))
-    weight = torch.where(order == 0, 1.0, 2.0) / width
-    return (at * weight) @ nodes.T
-
-
 def _decoder_terms(at: Prediction, x_0: Tensor, times: Tensor, i: int) -> Tensor:
     """(B,) or (B, W) nats: the decoder term at the time i, under its rule or at W variances."""
     rule = at.model.decoder_rule
@@ -219,7 +225,7 @@ def _decoder_terms(at: Prediction, x_0: Tensor, times: Tensor, i: int) -> Tensor
     process = gaussian_process(at.model.process, "the error curve")
     low, high = _range(process, times, i)
     found = []
-    for node in _chebyshev(NODES).tolist():
+    for node in chebyshev(NODES).tolist():
         edge = Constant(0.5 * (low + high + node * (high - low)))
         found.append(-per_example(rule.with_edge(edge).distribution(at).log_prob(x_0)))
     return torch.stack(found, 1)

@@ -140,7 +140,7 @@ def words(options: Sample, count: int) -> str:
 
 
 def curve_of(stored: Stored, fit: Fit) -> Curve:
-    """The error curve of a run, from its file where that is of the same model and examples.
+    """The smoothed error curve of a run, from its file where that is of the same model and data.
 
     Raises:
         UsageError: there are fewer than two training examples.
@@ -154,12 +154,12 @@ def curve_of(stored: Stored, fit: Fit) -> Curve:
     mark = fingerprint(subject, rows)
     found = _read(path, mark, subject, len(rows))
     if found is not None:
-        return found
+        return found.smoothed()
     measured = measure(subject, rows, fit)
     path.parent.mkdir(exist_ok=True)
     arrays = {field: getattr(measured, field).numpy() for field in ARRAYS}
     save_arrays(path, {**arrays, "mark": np.array(mark)})
-    return measured
+    return measured.smoothed()
 
 
 def measure(subject: Subject, rows: Tensor, fit: Fit) -> Curve:
