@@ -11,11 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from oracles import z_limit
 from tiny import silent
 
+from nelbo.commands import Sample
 from nelbo.errors import UsageError
+from nelbo.walks.fitting import sampled
 from nelbo.walks.steps import sizes_of, variances_of
+from nelbo.walks.stored import open_run
 
 SMALL = ["--steps", "4", "--width", "16", "--depth", "1", "--samples", "4", "--threads", "1"]
 QUICK = ["--calls", "4", "--validate-every", "0"]
@@ -129,6 +133,23 @@ def test_sampling_over_a_chain(run: Path, tmp_path: Path, grid: str) -> None:
     with np.load(tmp_path / "samples" / "samples.npz") as arrays:
         assert arrays["samples"].shape == (3, 1, 8, 8)
     assert list((run / "evaluation").glob("curve-*-fit16.npz"))
+
+
+def test_samples_walk_over_the_chain_that_was_evaluated(run: Path) -> None:
+    words = "--steps 5 --grid optimal --variance optimal --fit 16 --limit 4"
+    (row,) = evaluated(run, *words.split())["steps"]
+    stored = open_run(run)
+    options = Sample(
+        run=run, steps=5, grid="optimal", variance="optimal", fit=16, seed=7, quiet=True
+    )
+    model, times = sampled(stored, options, "cpu")
+    assert torch.equal(times, stored.subject.times[torch.tensor(row["kept"])])
+    assert model.network is stored.subject.model.network
+    s, t = times[1], times[2]
+    x_t = torch.zeros(1, 1, 8, 8)
+    pair = model.process.pair(s, t)
+    variance = model.kernel(x_t, t, s).variance[0, 0, 0, 0]
+    assert pair.log_posterior.exp() < variance < 30 * pair.log_posterior.exp()
 
 
 def test_sampling_under_a_condition_takes_the_chain_too(run: Path, tmp_path: Path) -> None:

@@ -112,13 +112,13 @@ def chain(
 
 
 def sampled(stored: Stored, options: Sample, device: str) -> tuple[Reverse, Tensor]:
-    """The chain that `nelbo sample` walks over."""
+    """The chain that `nelbo sample` walks over; it does not depend on the seed of the samples."""
     subject, count = stored.subject, len(stored.subject.times)
     size = count if options.steps is None else options.steps
     check(subject, [size], [options.grid], [options.variance])
     if options.variance != "model" and options.sampler != "ancestral":
         raise UsageError("--variance is that of the model's own steps: take --sampler ancestral")
-    fit = Fit(options.fit, options.seed, 512, device, options.quiet)
+    fit = Fit(options.fit, device=device, quiet=options.quiet)
     wanted = "optimal" in (options.grid, options.variance)
     fitted = curve_of(stored, fit) if wanted else None
     kept = even(count, size)
