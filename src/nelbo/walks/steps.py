@@ -7,7 +7,6 @@ on the part asked for. The limit, and the whole grid, are predictions alone.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import re
@@ -21,10 +20,10 @@ from nelbo.commands import Evaluate
 from nelbo.curve import Curve
 from nelbo.errors import UsageError
 from nelbo.estimate import Estimate
+from nelbo.evaluation import evaluate
 from nelbo.files import write_json_atomic
 from nelbo.subsets import Subsets, even
 from nelbo.variances import Posterior
-from nelbo.walks import evaluate as evaluating
 from nelbo.walks import fitting
 from nelbo.walks.stored import Stored, device_of, open_run
 
@@ -164,13 +163,22 @@ def _measured(
     device: str,
 ) -> dict[str, Any]:
     size, grid, name = what
-    subject, dims = stored.subject, stored.subject.dataset.dims
-    model, times = fitting.chain(subject, kept, name, fitted, device)
-    request = evaluating.Request(
-        options.split, None, options.seed, options.batch, options.limit, quiet=options.quiet
-    )
-    short = dataclasses.replace(subject, model=model, times=times)
-    result = evaluating.measure(short, model, request, f"{size} latents, {grid}, {name}")
+    dataset, dims = stored.subject.dataset, stored.subject.dataset.dims
+    model, times = fitting.chain(stored.subject, kept, name, fitted, device)
+    with console.Meter(f"{size} latents, {grid}, {name}", 1, "calls", options.quiet) as meter:
+        result = evaluate(
+            model,
+            getattr(dataset, options.split)[: options.limit],
+            times,
+            encode=dataset.encode,
+            # uneven steps are no smooth sequence from whose roughness noise could be told
+            replicates=2 if grid == "optimal" else None,
+            batch=options.batch,
+            seed=options.seed,
+            offset=dataset.offset(),
+            device=device,
+            track=lambda done, total: meter.update(done, total=total),
+        )
     terms = {n: e.bits_per_dim(dims).as_json() for n, e in result.estimates().items()}
     return {
         "latents": size,
