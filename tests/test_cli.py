@@ -124,8 +124,8 @@ def test_help_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         ("train digits --ema 1.1", "--ema 1.1"),
         ("train digits --accumulation 0", "--accumulation 0"),
         ("train digits --samples 0", "--samples 0"),
-        ("train digits --calls 3", "--calls 3: it must be at least 4"),
-        ("train digits --validate-calls 2", "--validate-calls 2"),
+        ("train digits --calls 0", "--calls 0: it must be above 0"),
+        ("train digits --validate-calls 0", "--validate-calls 0"),
         ("train digits --latents 0", "--latents 0"),
         ("train digits --multipliers", "--multipliers"),
         ("train digits --multipliers 1 0", "--multipliers 0"),
@@ -147,7 +147,7 @@ def test_usage_errors(arguments: str, words: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("evaluate RUN --calls 3", "--calls 3"),
+        ("evaluate RUN --calls 3.5", "--calls 3.5"),
         ("evaluate RUN --limit 0", "--limit 0"),
         ("evaluate RUN --limit -1", "--limit -1"),
         ("evaluate RUN --batch 0", "--batch 0"),

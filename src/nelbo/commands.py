@@ -53,6 +53,15 @@ class Evaluate:
     """Of the noise and the times."""
     batch: int = 512
     """Examples per network call; changes no figure."""
+    steps: str | None = None
+    """Table of the bound on grids of so many latents, as 10,25,50,100."""
+    grid: Literal["even", "optimal", "both"] = "even"
+    """With --steps, which latents stay: at even distance, or those that cost least."""
+    variance: str = "model"
+    """With --steps, of the reverse steps: model, posterior, transition, optimal, or several of
+    them with commas."""
+    fit: int = 128
+    """With --steps, training examples on which grids and the optimal variance are fitted."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
     threads: int | None = None
@@ -89,6 +98,12 @@ class Sample:
     """DDIM's noise, 0 deterministic to 1."""
     steps: int | None = None
     """Latents to walk over; the model's own grid by default."""
+    grid: Literal["even", "optimal"] = "even"
+    """With --steps, which latents stay: at even distance, or those that cost least."""
+    variance: Literal["model", "posterior", "transition", "optimal"] = "model"
+    """Of the reverse steps: the model's own, or another (--sampler ancestral)."""
+    fit: int = 128
+    """Training examples on which an optimal grid or variance is fitted."""
     out: Path | None = None
     """Folder for the picture and the array; RUN/samples/NAME by default."""
     checkpoint: str = "newest"

@@ -29,6 +29,10 @@ class Edge(ABC):
     def log_variance(self, process: Gaussian, t: Tensor) -> Tensor:
         """log σ², () or (B,), float64."""
 
+    def on(self, times: Tensor) -> Edge:
+        """The same rule for another grid (K,)."""
+        return self
+
 
 class Lose(Edge):
     """σ² = lose(t_1) = β_1 (Ho et al. 2020 with σ² = β)."""
@@ -57,6 +61,14 @@ class Following(Edge):
     def log_variance(self, process: Gaussian, t: Tensor) -> Tensor:
         return process.pair(t, self.t_2.to(t.device).expand_as(t)).log_posterior
 
+    def on(self, times: Tensor) -> Following:
+        if len(times) < 2:
+            raise ValueError(
+                "the decoder's variance follows the first pair, and a chain of one latent has "
+                "none: keep two latents or more"
+            )
+        return Following(times[1])
+
 
 class Constant(Edge):
     """σ² given as its logarithm."""
@@ -73,6 +85,13 @@ class Density(Decoder):
 
     def __init__(self, edge: Edge | None = None) -> None:
         self.edge = Lose() if edge is None else edge
+
+    def on(self, times: Tensor) -> Density:
+        return Density(self.edge.on(times))
+
+    def with_edge(self, edge: Edge) -> Density:
+        """The same with another variance."""
+        return Density(edge)
 
     def distribution(self, at: Prediction) -> DiagonalNormal:
         process = gaussian_process(at.model.process, "Density")
@@ -97,6 +116,18 @@ class Discretized(Decoder):
     def __init__(self, levels: int, edge: Edge | None = None) -> None:
         self.levels = levels
         self.density = Density(edge)
+
+    @property
+    def edge(self) -> Edge:
+        """The variance."""
+        return self.density.edge
+
+    def on(self, times: Tensor) -> Discretized:
+        return Discretized(self.levels, self.edge.on(times))
+
+    def with_edge(self, edge: Edge) -> Discretized:
+        """The same with another variance."""
+        return Discretized(self.levels, edge)
 
     def distribution(self, at: Prediction) -> DiscretizedNormal:
         normal = self.density.distribution(at)

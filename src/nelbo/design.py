@@ -72,6 +72,11 @@ def replicates(n: int, calls: float) -> tuple[Replicate, Replicate]:
     return Replicate(first, 1), Replicate(total - first, 1)
 
 
+def enough(n: int, calls: float) -> float:
+    """`calls` per example, or as many as the least design of n examples takes."""
+    return calls if calls * n >= LEAST else float(math.ceil(LEAST / n))
+
+
 def _up(value: float) -> str:
     """A short number that is not below `value`."""
     return f"{math.ceil(value * 1000) / 1000:g}" if value < 1 else f"{math.ceil(value)}"

@@ -12,6 +12,7 @@ References:
 
 from __future__ import annotations
 
+import copy
 from abc import ABC
 
 import torch
@@ -19,9 +20,9 @@ from torch import Tensor
 
 from nelbo.distributions import DiagonalNormal, level_values
 from nelbo.processes.base import along
-from nelbo.reverse import Parameterization, Prediction, gaussian_process
+from nelbo.reverse import Parameterization, Prediction, Reverse, gaussian_process
 from nelbo.schedules import Float64
-from nelbo.variances import Posterior, Variance
+from nelbo.variances import Instead, Posterior, Variance
 
 
 class GaussianParameterization(Parameterization, ABC):
@@ -67,6 +68,24 @@ class GaussianParameterization(Parameterization, ABC):
 
     def channels(self, data_channels: int) -> int:
         return data_channels * (2 if self.variance.learned else 1)
+
+
+def with_variance(model: Reverse, variance: Variance) -> Reverse:
+    """The model with another variance of its pairs; network, mean and decoder are shared.
+
+    Arguments:
+        variance: a rule that needs no channels of its own.
+    Raises:
+        ValueError: the model is not Gaussian.
+    """
+    own = model.parameterization
+    if not isinstance(own, GaussianParameterization):
+        raise ValueError("only Gaussian kernels have a variance apart from their mean")
+    other = copy.copy(own)
+    # a shallow copy of a module shares the table of its parts
+    other._modules = {**own._modules}
+    other.variance = Instead(variance, own.variance)
+    return model.sharing(parameterization=other)
 
 
 def _scales(at: Prediction) -> tuple[Tensor, Tensor]:

@@ -94,6 +94,19 @@ class Reverse(nn.Module):
         self.parameterization = parameterization
         self.decoder_rule = decoder
 
+    def sharing(
+        self, parameterization: Parameterization | None = None, decoder: Decoder | None = None
+    ) -> Reverse:
+        """A model with the same process and network, and another parameterisation or decoder."""
+        other = Reverse(
+            self.process,
+            self.network,
+            self.parameterization if parameterization is None else parameterization,
+            self.decoder_rule if decoder is None else decoder,
+        )
+        other.training = self.training
+        return other
+
     def at(self, x_t: Tensor, t: Tensor, cond: Any = None) -> Prediction:
         """One network call at (x_t, t)."""
         output = self.network(x_t, t, cond).to(x_t.dtype)
@@ -110,6 +123,20 @@ class Reverse(nn.Module):
     def decoder(self, x_t: Tensor, t: Tensor, cond: Any = None) -> Distribution:
         """p_θ(x_0|x_t) on the data's own space, one network call."""
         return self.at(x_t, t, cond).decoder()
+
+
+def strided(model: Reverse, times: Tensor) -> Reverse:
+    """The model on a subset of its grid, sharing the network, which sees the original times.
+
+    Only a decoder whose variance speaks of the first pair changes: it follows the first pair of
+    the subset.
+
+    Arguments:
+        times: (K,) increasing.
+    Raises:
+        ValueError: the decoder needs a pair, and one time has none.
+    """
+    return model.sharing(decoder=model.decoder_rule.on(times))
 
 
 def gaussian_process(process: Process, what: str) -> Gaussian:
@@ -145,6 +172,10 @@ class Parameterization(nn.Module, ABC):
 
 class Decoder(ABC):
     """p(x_0|x_1), read off a prediction at the first time."""
+
+    def on(self, times: Tensor) -> Decoder:
+        """The same rule for another grid (K,)."""
+        return self
 
     @abstractmethod
     def distribution(self, at: Prediction) -> Distribution:

@@ -37,6 +37,8 @@ class Pair(NamedTuple):
     """√k_s c, the coefficient of x_0 in the posterior mean."""
     from_latent: Tensor
     """√α l_s/l_t, the coefficient of x_t in the posterior mean."""
+    t: Tensor
+    """The later time."""
 
 
 class Gaussian(Process):
@@ -54,6 +56,7 @@ class Gaussian(Process):
             log_posterior=log_lose_s + step.log_c,
             from_data=(0.5 * q.log_keep(s) + step.log_c).exp(),
             from_latent=(0.5 * step.log_alpha + log_lose_s - log_lose_t).exp(),
+            t=t,
         )
 
     def prior(self, like: Tensor) -> DiagonalNormal:

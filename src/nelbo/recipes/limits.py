@@ -63,6 +63,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "limit": COUNT,
     "n": COUNT,
     "eta": FRACTION,
+    "fit": (2, 2**62),
 }
 
 

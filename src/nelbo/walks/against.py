@@ -25,6 +25,7 @@ from nelbo.walks import evaluate as evaluating
 from nelbo.walks.measuring import Request, measure
 from nelbo.walks.stored import Stored, device_of, open_run, save_arrays
 
+OPTION = "--against"
 DRAWS, EXAMPLES = "examples, times and noise", "examples"
 
 
@@ -138,6 +139,11 @@ def _verdict(value: dict[str, Any]) -> str:
         )
     better = "first" if mean < 0 else "second"
     return f"The {better} is better by {abs(mean):.5f} ± {error:.5f} bits/dim."
+
+
+def asked(options: Evaluate) -> bool:
+    """Whether the options ask for a comparison."""
+    return options.against is not None
 
 
 def run(options: Evaluate) -> dict[str, Any]:

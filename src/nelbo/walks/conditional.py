@@ -25,8 +25,9 @@ from nelbo.errors import UsageError
 from nelbo.files import exhausted, write_file
 from nelbo.pictures import save_grid
 from nelbo.randomness import key
+from nelbo.reverse import Reverse
+from nelbo.walks import fitting
 from nelbo.walks.conditions import Condition, check, condition_of, source
-from nelbo.walks.sample import grid_of
 from nelbo.walks.stored import Stored, device_of, open_run
 
 DRAWS = 8
@@ -58,11 +59,11 @@ def run(options: Sample) -> None:
     device = device_of(options.device)
     stored = open_run(options.run, options.checkpoint, device)
     condition = condition_of(options, stored.subject.dataset)
-    times = grid_of(stored.subject, options.steps)
-    found = draw(stored, condition, times, options, device)
+    model, times = fitting.sampled(stored, options, device)
+    found = draw(stored, model, condition, times, options, device)
     hole = f"-hole{options.hole}" if options.hole else ""
     what = f"{condition.kind}-{source(options).stem}{hole}"
-    name = f"{what}-step{stored.step:08d}-grid{len(times)}-seed{options.seed}"
+    name = f"{what}-step{stored.step:08d}-{fitting.words(options, len(times))}"
     folder = options.out or stored.directory.samples / name
     paths = write(folder, stored.subject.dataset, condition, found, options.seed)
     value = summary(found, condition)
@@ -74,7 +75,12 @@ def run(options: Sample) -> None:
 
 
 def draw(
-    stored: Stored, condition: Condition, times: Tensor, options: Sample, device: str
+    stored: Stored,
+    model: Reverse,
+    condition: Condition,
+    times: Tensor,
+    options: Sample,
+    device: str,
 ) -> Particles:
     """All populations, in groups that fit in memory."""
     dataset = stored.subject.dataset
@@ -91,7 +97,7 @@ def draw(
                 meter.update(past + done)
 
             group = posterior_samples(
-                stored.subject.model,
+                model,
                 condition.factor,
                 times,
                 options.particles,

@@ -20,6 +20,7 @@ from nelbo.randomness import seeded
 from nelbo.recipes.recipe import Subject
 from nelbo.reverse import Reverse
 from nelbo.samplers import DDIM, Ancestral, Sampler, sample
+from nelbo.walks import fitting
 from nelbo.walks.stored import Stored, device_of, open_run, save_arrays
 
 STRIP = 9
@@ -31,19 +32,6 @@ def sampler_of(name: str, eta: float) -> Sampler:
     if name == "ddim":
         return DDIM(eta)
     return Ancestral()
-
-
-def grid_of(subject: Subject, steps: int | None) -> Tensor:
-    """The model's own grid, or `steps` of its times.
-
-    Raises:
-        UsageError: more steps than the model has.
-    """
-    if steps is None or steps == len(subject.times):
-        return subject.times
-    if not 1 <= steps <= len(subject.times):
-        raise UsageError(f"--steps {steps}: this model has a grid of {len(subject.times)}")
-    return subject.model.process.schedule.grid(steps)
 
 
 def draw(
@@ -143,7 +131,7 @@ def run(options: Sample) -> None:
     device = device_of(options.device)
     stored = open_run(options.run, options.checkpoint, device)
     subject = stored.subject
-    times = grid_of(subject, options.steps)
+    model, times = fitting.sampled(stored, options, device)
     sampler = sampler_of(options.sampler, options.eta)
     if isinstance(sampler, DDIM) and not isinstance(subject.model.process, Gaussian):
         raise UsageError(
@@ -152,7 +140,7 @@ def run(options: Sample) -> None:
         )
     samples, strip = draw(
         subject,
-        subject.model,
+        model,
         options.n or 64,
         sampler,
         times,
@@ -160,11 +148,12 @@ def run(options: Sample) -> None:
         device,
         options.quiet,
     )
-    name = f"{options.sampler}-step{stored.step:08d}-grid{len(times)}-seed{options.seed}"
+    name = f"{options.sampler}-step{stored.step:08d}-{fitting.words(options, len(times))}"
     folder = options.out or stored.directory.samples / name
     if options.out is not None and folder.exists():
         raise UsageError(f"{folder} exists, and nothing in it is overwritten: name another --out")
     paths = write(stored, folder, samples, strip, times, options.seed)
     about = {"schema": 1, "n": len(samples), "sampler": options.sampler, "grid": len(times)}
-    value = {**about, "seed": options.seed, "step": stored.step, **paths}
+    chain = {"kept": options.grid, "variance": options.variance}
+    value = {**about, **chain, "seed": options.seed, "step": stored.step, **paths}
     print(json.dumps(value) if options.json else "\n".join(paths.values()))

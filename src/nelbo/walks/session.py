@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nelbo import checkpoint, console
+from nelbo.design import enough
 from nelbo.errors import InputRefused, exit_code
 from nelbo.estimate import NATS
 from nelbo.files import set_aside
@@ -149,7 +150,7 @@ class Session:
         """The bound of the averaged model on the validation part; the same draws every time."""
         if len(self.recipe.dataset.validation) < 2:
             return
-        calls = self.recipe.options.validate_calls
+        calls = enough(len(self.recipe.dataset.validation), self.recipe.options.validate_calls)
         request = Request("validation", calls, seed=0, quiet=True)
         (result,) = measure(self.recipe, [self.model], request)
         estimate = result.estimates()["total"].bits_per_dim(self.recipe.dataset.dims)

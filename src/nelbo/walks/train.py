@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nelbo import console, report
 from nelbo.data.loading import batch_indices
+from nelbo.design import enough
 from nelbo.errors import InputRefused, ResourceExhausted
 from nelbo.recipes.build import build
 from nelbo.recipes.options import Options, name_of, stored
@@ -143,7 +144,9 @@ def finish(session: Session, device: str, as_json: bool) -> None:
     recipe = dataclasses.replace(session.recipe, model=session.model)
     stored_run = Stored(session.directory, recipe, session.trainer.step, {})
     options = recipe.options
-    request = Request("test", options.calls, options.seed, quiet=session.quiet)
+    # a small test part needs more calls than asked for; nothing may be lost for that at the end
+    calls = None if options.calls is None else enough(len(recipe.dataset.test), options.calls)
+    request = Request("test", calls, options.seed, quiet=session.quiet)
     (result,) = measure(recipe, [recipe.model], request)
     extra = evaluating.truth(recipe, request)
     value = evaluating.write(stored_run, request, result, extra)
