@@ -8,7 +8,7 @@ by name; it is never ignored, since an ignored key is another model under the sa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -171,14 +171,22 @@ class UNetConfig:
         self._check_heads()
 
     def _check_heads(self) -> None:
-        for key in ("num_heads", "num_heads_up"):
+        down = self._widths(self.down_block_types, self.block_out_channels, "AttnDownBlock2D")
+        if self.mid_block_type is not None and self.add_attention:
+            down += self.block_out_channels[-1:]
+        up = self._widths(self.up_block_types, self.block_out_channels[::-1], "AttnUpBlock2D")
+        every = down if self.num_heads_up is not None else down + up
+        for key, widths in (("num_heads", every), ("num_heads_up", up)):
             heads = getattr(self, key)
-            for channels in self.block_out_channels if heads is not None else ():
-                if heads < 1 or channels % heads:
-                    raise InputRefused(
-                        f"{key}={heads} does not divide block_out_channels "
-                        f"{list(self.block_out_channels)}: choose a common divisor"
-                    )
+            if heads is not None and (heads < 1 or any(width % heads for width in widths)):
+                raise InputRefused(
+                    f"{key}={heads} does not divide the channels {sorted(set(widths))} of the "
+                    "layers with attention: choose a common divisor"
+                )
+
+    @staticmethod
+    def _widths(kinds: Sequence[str], widths: Sequence[int], kind: str) -> tuple[int, ...]:
+        return tuple(w for k, w in zip(kinds, widths, strict=True) if k == kind)
 
 
 def _one_of(key: str, value: object, allowed: Iterable[object]) -> None:
