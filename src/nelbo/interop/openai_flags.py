@@ -94,7 +94,7 @@ class Flags:
             _check(field.name, str(field.type), getattr(self, field.name))
         if self.noise_schedule not in ("linear", "cosine"):
             raise InputRefused(
-                f"flags: noise_schedule={self.noise_schedule!r} is not supported, only 'linear' "
+                f"noise_schedule={self.noise_schedule!r} is not supported, only 'linear' "
                 "and 'cosine'"
             )
 
@@ -113,7 +113,7 @@ class Flags:
         unknown = sorted(stated.keys() - {field.name for field in fields(cls)})
         if unknown:
             raise InputRefused(
-                f"flags: unknown keys {', '.join(unknown)}; the file holds those of "
+                f"unknown keys {', '.join(unknown)}; the file holds those of "
                 "model_and_diffusion_defaults, and none is dropped that is not understood"
             )
         code = _code(content.get("code"), stated)
@@ -127,7 +127,7 @@ class Flags:
         known = _MULTIPLIERS[self.code]
         if self.image_size not in known:
             raise InputRefused(
-                f"flags: {self.code}-diffusion has no network for image_size={self.image_size}, "
+                f"{self.code}-diffusion has no network for image_size={self.image_size}, "
                 f"only for {', '.join(str(size) for size in known)}; state channel_mult, as in "
                 '"1,2,2,2" (with "code": "guided")'
             )
@@ -160,13 +160,13 @@ def _keys(code: str) -> list[str]:
 
 def _code(stated: object, keys: Mapping[str, Any]) -> str:
     if stated not in (None, IMPROVED, GUIDED):
-        raise InputRefused(f'flags: code={stated!r} is unknown: write "improved" or "guided"')
+        raise InputRefused(f'code={stated!r} is unknown: write "improved" or "guided"')
     code = stated or (GUIDED if _ONLY[GUIDED] & keys.keys() else IMPROVED)
     assert isinstance(code, str)
     foreign = sorted(keys.keys() - set(_keys(code)))
     if foreign:
         raise InputRefused(
-            f"flags: {code}-diffusion has no {', '.join(foreign)}; leave out what the checkpoint "
+            f"{code}-diffusion has no {', '.join(foreign)}; leave out what the checkpoint "
             'was not trained with, or state "code"'
         )
     return code
@@ -176,15 +176,15 @@ def _refuse_strangers(keys: Mapping[str, Any]) -> None:
     for start, what in _STRANGERS:
         found = sorted(key for key in keys if key.startswith(start))
         if found:
-            raise InputRefused(f"flags: {', '.join(found)}: {what}")
+            raise InputRefused(f"{', '.join(found)}: {what}")
 
 
 def _check(key: str, kind: str, value: object) -> None:
     types = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}[kind]
     if not isinstance(value, types) or (kind != "bool" and isinstance(value, bool)):
-        raise InputRefused(f"flags: {key}={value!r} is not {_WORDS[kind]}")
+        raise InputRefused(f"{key}={value!r} is not {_WORDS[kind]}")
     if isinstance(value, str) and len(value) > 1000:
-        raise InputRefused(f"flags: {key} is {len(value)} characters long, at most 1000")
+        raise InputRefused(f"{key} is {len(value)} characters long, at most 1000")
     if kind == "int":
         _in_range(key, value, _LEAST.get(key, 1), _MOST.get(key, 1024))
     elif kind == "float":
@@ -201,14 +201,14 @@ _WORDS = {
 
 def _in_range(key: str, value: Any, least: int, most: int) -> None:
     if not (math.isfinite(value) and least <= value <= most) or (least < 0 and value == 0):
-        raise InputRefused(f"flags: {key}={value} is outside {least}..{most}")
+        raise InputRefused(f"{key}={value} is outside {least}..{most}")
 
 
 def _integers(key: str, text: str, most: int) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
     if len(parts) > 16 or not all(p.isascii() and p.isdigit() and len(p) < 8 for p in parts):
-        raise InputRefused(f'flags: {key}={text!r} is not a list of whole numbers like "32,16,8"')
+        raise InputRefused(f'{key}={text!r} is not a list of whole numbers like "32,16,8"')
     numbers = [int(part) for part in parts]
     if not all(1 <= number <= most for number in numbers):
-        raise InputRefused(f"flags: {key}={text!r} has numbers outside 1..{most}")
+        raise InputRefused(f"{key}={text!r} has numbers outside 1..{most}")
     return numbers

@@ -12,9 +12,11 @@ The network itself is the same function (`unet_config`); only names, and this la
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
+from nelbo.errors import InputRefused
 from nelbo.interop.openai_flags import Flags
 from nelbo.networks.attention import Attention
 from nelbo.networks.unet import UNet
@@ -61,7 +63,7 @@ def configuration(flags: Flags, channels: int, classes: int | None) -> UNetConfi
     resampling = "resnet" if flags.resblock_updown else "conv"
     attended = flags.attended
     unlike = widths[:1] != (flags.num_channels,)
-    return UNetConfig(
+    config = UNetConfig(
         sample_size=flags.image_size,
         in_channels=channels,
         out_channels=channels * (2 if flags.learn_sigma else 1),
@@ -79,11 +81,32 @@ def configuration(flags: Flags, channels: int, classes: int | None) -> UNetConfi
         num_class_embeds=classes,
         **_heads(flags, widths),
     )
+    _check(flags, config)
+    return config
 
 
-def _heads(flags: Flags, widths: tuple[int, ...]) -> dict[str, int]:
+def _check(flags: Flags, config: UNetConfig) -> None:
+    """What the original asserts while it is built or called, and `UNetConfig` does not know."""
+    if flags.image_size % config.factor:
+        raise InputRefused(
+            f"image_size={flags.image_size} cannot be halved {len(flags.multipliers) - 1} times, "
+            "as the levels of channel_mult ask"
+        )
+    head = flags.num_head_channels
+    widths = (*_attending(flags, config.block_out_channels), config.block_out_channels[-1])
+    wrong = [width for width in widths if width % head]
+    if head != -1 and wrong:
+        raise InputRefused(f"num_head_channels={head} does not divide {wrong[0]} channels")
+
+
+def _attending(flags: Flags, widths: tuple[int, ...]) -> set[int]:
+    """Channels of the layers with attention; the middle, which always has it, apart."""
+    return {width for width, attend in zip(widths, flags.attended, strict=True) if attend}
+
+
+def _heads(flags: Flags, widths: tuple[int, ...]) -> dict[str, Any]:
     """One width of head where all layers share it, since diffusers knows that; else a number."""
-    up = {w for w, attend in zip(widths, flags.attended, strict=True) if attend}
+    up = _attending(flags, widths)
     down = up | {widths[-1]}
     if flags.num_head_channels != -1:
         return {"attention_head_dim": flags.num_head_channels}
@@ -172,7 +195,7 @@ def convert(network: UNet, tensors: Mapping[str, Tensor], new_order: bool) -> di
             value = _share(value, "qkv".index(part[-1]), heads)
         elif other.endswith("proj_out.weight"):
             value = value[..., 0]
-        converted[name] = value.float().contiguous()
+        converted[name] = value.contiguous()
     return converted
 
 
@@ -189,4 +212,5 @@ def _share(qkv: Tensor, which: int, heads: int) -> Tensor:
     if not heads:
         return rows[which * width : (which + 1) * width]
     by_head = rows.unflatten(0, (heads, 3, width // heads))
-    return by_head[:, which].flatten(0, 1)
+    share: Tensor = by_head[:, which].flatten(0, 1)
+    return share

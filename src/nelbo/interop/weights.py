@@ -183,6 +183,18 @@ def check(
         raise InputRefused(f"{where}: does not fit its configuration: {'; '.join(faults)}")
 
 
+def exactly(
+    found: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], where: str
+) -> dict[str, Tensor]:
+    """The tensors in float32, after `check`.
+
+    Raises:
+        InputRefused: as `check`, or a tensor that holds no real, finite numbers.
+    """
+    check({name: tuple(tensor.shape) for name, tensor in found.items()}, expected, where)
+    return {name: _float(tensor, name, where) for name, tensor in found.items()}
+
+
 def _list(kind: str, names: list[str]) -> list[str]:
     if not names:
         return []
