@@ -30,6 +30,7 @@ _ENDS = {
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
+_RESAMPLING = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
 _PARTS = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -58,8 +59,7 @@ def configuration(flags: Flags, channels: int, classes: int | None) -> UNetConfi
         InputRefused: the flags contradict each other.
     """
     widths = tuple(int(m * flags.num_channels) for m in flags.multipliers)
-    plain = {True: ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")}
-    down, up = plain.get(flags.resblock_updown, ("DownBlock2D", "UpBlock2D"))
+    down, up = _RESAMPLING if flags.resblock_updown else ("DownBlock2D", "UpBlock2D")
     resampling = "resnet" if flags.resblock_updown else "conv"
     attended = flags.attended
     unlike = widths[:1] != (flags.num_channels,)
