@@ -261,16 +261,16 @@ def test_files_give_the_model(case: str, tmp_path: Path) -> None:
 
 def test_what_was_guessed_is_said(tmp_path: Path) -> None:
     assumed = read(*files(tmp_path, "guided"), Assumptions(), trust_pickle=True).assumed
-    assert assumed["code base"] == "guided-diffusion (the key channel_mult)"
-    assert "rescale_timesteps=False" in assumed["flags not stated"]
-    assert "sigma_small" not in assumed["flags not stated"]
+    assert assumed["code"] == "guided-diffusion (the key channel_mult)"
+    assert "rescale_timesteps=False" in assumed["flags"]
+    assert "sigma_small" not in assumed["flags"]
     flags = Flags.of({"diffusion_steps": 4000})
     assert flags.rescale_timesteps  # improved-diffusion's default
-    assert "no key of guided-diffusion" in flags.guessed({})["code base"]
+    assert "no key of guided-diffusion" in flags.guessed({})["code"]
     assert not Flags.of({"code": "guided"}).rescale_timesteps
     every = content("guided") | {"code": "guided", "use_fp16": True}
     half = read(*files(tmp_path, "guided", **every), Assumptions(), trust_pickle=True)
-    assert "float32" in half.assumed["precision"] and "code base" not in half.assumed
+    assert "float32" in half.assumed["fp16"] and "code" not in half.assumed
 
 
 def test_a_label_is_a_class_and_changes_the_model(tmp_path: Path) -> None:

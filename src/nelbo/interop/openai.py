@@ -242,7 +242,7 @@ def average(weights: Path) -> str | None:
 def _guessed(flags: Flags, content: Mapping[str, Any]) -> dict[str, str]:
     guessed = flags.guessed(content)
     if flags.use_fp16:
-        guessed["precision"] = "float32; with use_fp16 the original computes in float16"
+        guessed["fp16"] = "computed in float32; with use_fp16 the original computes in float16"
     return guessed
 
 

@@ -146,10 +146,10 @@ class Flags:
         if "code" not in content:
             only = sorted(_ONLY[self.code] & content.keys())
             why = f"the key {only[0]}" if only else "no key of guided-diffusion alone"
-            guessed["code base"] = f"{self.code}-diffusion ({why})"
+            guessed["code"] = f"{self.code}-diffusion ({why})"
         absent = set(_keys(self.code)) - content.keys()
-        stated = ", ".join(f"{k}={v!r}" for k, v in asdict(self).items() if k in absent)
-        return guessed | ({"flags not stated": stated} if stated else {})
+        values = ", ".join(f"{k}={v!r}" for k, v in asdict(self).items() if k in absent)
+        return guessed | ({"flags": f"not stated, by default {values}"} if values else {})
 
 
 def _keys(code: str) -> list[str]:
