@@ -326,6 +326,7 @@ def test_pickles_need_trust(tmp_path: Path) -> None:
         (lambda s: s.update({FIRST: torch.zeros(32, 6, 3, 3)}), "super-resolution"),
         (lambda s: s.update({FIRST: torch.zeros(32, 2, 3, 3)}), "learn_sigma=False"),
         (lambda s: s.update({"label_emb.weight": torch.zeros(9, 128)}), "class_cond is not set"),
+        (lambda s: s.update({"label_emb.weight": torch.tensor(1.0)}), "no table of classes"),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(change: Any, words: str, tmp_path: Path) -> None:

@@ -153,6 +153,8 @@ def refuse_others(tensors: Mapping[str, Tensor], where: Path) -> None:
         raise InputRefused(
             f"{where}: is a classifier (it has no output_blocks); give the diffusion model"
         )
+    if CLASSES in tensors and tensors[CLASSES].dim() != 2:
+        raise InputRefused(f"{where}: {CLASSES!r} is no table of classes")
     for name in (FIRST, LAST):
         if name not in tensors or tensors[name].dim() != 4:
             raise InputRefused(
