@@ -108,7 +108,18 @@ _FLOORS = {
     "likelihood": (4, 0),
     "derivation": (4, 0),
     "trainer": (4, 0),
-    "interop": (4, 0),
+    "interop.scales": (4, 0),
+    "interop.weights": (4, 0),
+    "interop.respacing": (4, 0),
+    "interop.openai_flags": (4, 0),
+    "interop.openai_names": (4, 1),
+    "interop.foreign": (4, 1),
+    "interop.configs": (4, 2),
+    "interop.callables": (4, 2),
+    "interop.openai": (4, 2),
+    "interop.diffusers": (4, 3),
+    "interop.export": (4, 4),
+    "interop": (4, 9),
     "report": (4, 0),
     "recipes.groups": (5, 0),
     "recipes.options": (5, 1),
@@ -145,6 +156,7 @@ _FOLDERS = {name.split(".")[0] for name in _FLOORS if "." in name}
 _DEFERRING = {"cli"}
 _VAGUE = {"utils", "util", "helpers", "helper", "misc", "core", "manager", "common"}
 _PICKLING = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+_MAY_LOAD_TENSORS = {"interop.weights"}
 _MOST_LINES = 300
 
 
@@ -241,13 +253,20 @@ def _habit_faults(root: Path) -> list[str]:
             faults.append(f"{module}: {lines} lines, the most is {_MOST_LINES}")
         if _VAGUE & set(module.replace(".", "_").split("_")):
             faults.append(f"{module}: a name that says nothing")
-        faults += [f"{module}:{line} {what}" for line, what in _pickling(ast.parse(text))]
+        loads = module in _MAY_LOAD_TENSORS
+        faults += [f"{module}:{line} {what}" for line, what in _pickling(ast.parse(text), loads)]
     return sorted(faults)
 
 
-def _pickling(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Ways to read or write a pickle: modules, torch.load and torch.save, allow_pickle."""
+def _pickling(tree: ast.AST, loads: bool = False) -> Iterator[tuple[int, str]]:
+    """Ways to read or write a pickle: modules, torch.load and torch.save, allow_pickle.
+
+    Where `loads` is set, torch.load(..., weights_only=True) is allowed, with the True spelled out.
+    """
+    spared = {id(n.func) for n in ast.walk(tree) if loads and _loads_tensors_alone(n)}  # type: ignore[attr-defined]
     for node in ast.walk(tree):
+        if id(node) in spared:
+            continue
         if isinstance(node, ast.Import):
             roots = {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -266,6 +285,13 @@ def _pickling(tree: ast.AST) -> Iterator[tuple[int, str]]:
             and not _is_false(node.value)
         ):
             yield node.value.lineno, "allows pickle"
+
+
+def _loads_tensors_alone(node: ast.AST) -> bool:
+    if not isinstance(node, ast.Call) or ast.unparse(node.func) != "torch.load":
+        return False
+    said = [k.value for k in node.keywords if k.arg == "weights_only"]
+    return [isinstance(v, ast.Constant) and v.value is True for v in said] == [True]
 
 
 def test_floors() -> None:
@@ -392,3 +418,24 @@ def test_what_is_allowed_is_not_caught(tmp_path: Path) -> None:
 )
 def test_planted_habits_are_caught(file: str, text: str, fault: str, tmp_path: Path) -> None:
     assert fault in _habit_faults(_plant(tmp_path, file, text))
+
+
+@pytest.mark.parametrize(
+    ("file", "call", "faults"),
+    [
+        ("interop/weights.py", "torch.load(x, weights_only=True)", 0),
+        ("interop/weights.py", "torch.load(x)", 1),
+        ("interop/weights.py", "torch.load(x, weights_only=False)", 1),
+        ("interop/weights.py", "torch.load(x, weights_only=trusted)", 1),
+        ("interop/weights.py", "torch.load(x, **{'weights_only': True})", 1),
+        ("interop/weights.py", "f = torch.load", 1),
+        ("interop/weights.py", "torch.save(x, weights_only=True)", 1),
+        ("interop/openai.py", "torch.load(x, weights_only=True)", 1),
+    ],
+)
+def test_one_module_may_load_tensors_alone(
+    file: str, call: str, faults: int, tmp_path: Path
+) -> None:
+    (tmp_path / "interop").mkdir()
+    (tmp_path / file).write_text(call)
+    assert len(_habit_faults(tmp_path)) == faults

@@ -53,6 +53,12 @@ LIVE: dict[str, dict[str, Any]] = {
         "upsample_type": "resnet",
         "dropout": 0.5,
     },
+    "resampling blocks without attention": SMALL
+    | {
+        "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D"],
+        "up_block_types": ["ResnetUpsampleBlock2D", "UpBlock2D"],
+        "resnet_time_scale_shift": "scale_shift",
+    },
     "mish, centred": TINY | {"act_fn": "mish", "center_input_sample": True},
     "gelu": TINY | {"act_fn": "gelu", "time_embedding_dim": 12},
     "relu": TINY | {"act_fn": "relu", "block_out_channels": [12, 8]},
@@ -133,6 +139,18 @@ def test_configuration_survives_json() -> None:
     assert again.config["sample_size"] == [8, 12]
 
 
+def test_keys_of_our_own_are_named_and_written_only_when_used() -> None:
+    plain = UNet(**TINY)
+    assert plain.settings.own == () and not {"num_heads", "time_features"} & plain.config.keys()
+    keys = TINY | {"num_heads": 2, "num_heads_up": 4, "time_features": 6}
+    network = UNet(**keys)
+    assert network.settings.own == ("num_heads", "num_heads_up", "time_features")
+    assert UNet.from_config(network.config).settings == network.settings
+    assert [a.heads for a in network.mid_block.attentions] == [2]
+    assert [a.heads for a in network.up_blocks[0].attentions] == [4, 4]
+    assert network.time_embedding.linear_1.in_features == 6
+
+
 @pytest.mark.parametrize(
     "keys, words",
     [
@@ -146,13 +164,16 @@ def test_configuration_survives_json() -> None:
         ({"downsample_type": "fir"}, "downsample_type='fir'"),
         ({"upsample_type": "fir"}, "upsample_type='fir'"),
         ({"resnet_time_scale_shift": "spatial"}, "resnet_time_scale_shift='spatial'"),
-        ({"down_block_types": ["ResnetDownsampleBlock2D", "DownBlock2D"]}, "ResnetDownsample"),
+        ({"down_block_types": ["SkipDownBlock2D", "DownBlock2D"]}, "SkipDownBlock2D"),
         ({"up_block_types": ["UpBlock2D", "SkipUpBlock2D"]}, "SkipUpBlock2D"),
         ({"up_block_types": ["UpBlock2D"]}, "up_block_types 1"),
         ({"block_out_channels": [8, 18]}, "norm_num_groups=4"),
         ({"norm_num_groups": None}, "norm_num_groups=None"),
         ({"attn_norm_num_groups": 5}, "attn_norm_num_groups=5"),
         ({"attention_head_dim": 17}, "attention_head_dim=17"),
+        ({"num_heads": 3}, "num_heads=3"),
+        ({"num_heads_up": 0}, "num_heads_up=0"),
+        ({"time_features": 1}, "time_features=1"),
         ({"layers_per_block": 0}, "layers_per_block=0"),
         ({"norm_num_groups": 1, "block_out_channels": [2, 8], "freq_shift": 1}, "freq_shift=1"),
     ],

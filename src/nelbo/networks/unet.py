@@ -33,14 +33,16 @@ class UNet(nn.Module):
         time_embedding_dim: width of the embedded time; 4 block_out_channels[0] when None.
         freq_shift: see `sinusoid`; DDPM has 1.
         flip_sin_to_cos: cosines first; DDPM has False.
-        down_block_types: "DownBlock2D" or "AttnDownBlock2D" for each level, finest first.
+        down_block_types: "DownBlock2D", "AttnDownBlock2D" or "ResnetDownsampleBlock2D" for each
+            level, finest first.
         mid_block_type: "UNetMidBlock2D" or None.
-        up_block_types: "UpBlock2D" or "AttnUpBlock2D" for each level, coarsest first.
+        up_block_types: "UpBlock2D", "AttnUpBlock2D" or "ResnetUpsampleBlock2D" for each level,
+            coarsest first.
         block_out_channels: channels of each level, finest first.
         layers_per_block: residual blocks per level on the way down; one more on the way up.
         mid_block_scale_factor: divides the sums of the middle's residual paths.
         downsample_padding: 1, or 0 for one row and column at the lower right (DDPM).
-        downsample_type: "conv" or "resnet", for levels with attention; others have "conv".
+        downsample_type: "conv" or "resnet", for levels with attention; others by their block type.
         upsample_type: likewise.
         dropout: probability, in the residual blocks.
         act_fn: "silu" ("swish"), "mish", "gelu" or "relu", in the residual blocks.
@@ -53,6 +55,10 @@ class UNet(nn.Module):
         class_embed_type: None or "timestep": the condition is embedded like a time.
         num_class_embeds: with class_embed_type None, the number of classes; None for no condition.
         num_train_timesteps: a note, not used here.
+        num_heads: heads of every attention, whatever its width; attention_head_dim is not used
+            then. This key and the next two are not diffusers'.
+        num_heads_up: the same on the way up, when it differs.
+        time_features: width of the sinusoid of the time; block_out_channels[0] when None.
 
     Raises:
         InputRefused: a key is unknown or its value not supported.
@@ -68,10 +74,10 @@ class UNet(nn.Module):
         first, width = settings.block_out_channels[0], settings.time_width
         levels = range(len(settings.block_out_channels))
         self.conv_in = nn.Conv2d(settings.in_channels, first, 3, padding=1)
-        self.time_embedding = _Embedding(first, width)
+        self.time_embedding = _Embedding(settings.waves, width)
         self.class_embedding: nn.Module | None = None
         if settings.class_embed_type == "timestep":
-            self.class_embedding = _Embedding(first, width)
+            self.class_embedding = _Embedding(settings.waves, width)
         elif settings.num_class_embeds is not None:
             self.class_embedding = nn.Embedding(settings.num_class_embeds, width)
         self.down_blocks = nn.ModuleList([Down(settings, level) for level in levels])
@@ -91,7 +97,9 @@ class UNet(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """Every key with its value, ready for JSON: what `from_config` and diffusers read."""
+        """The keys with their values, ready for JSON: what `from_config` reads, and diffusers too
+        unless `settings.own` names keys that it does not have.
+        """
         return self.settings.json()
 
     @property
@@ -139,9 +147,8 @@ class UNet(nn.Module):
         return embedded + out
 
     def _waves(self, t: Tensor) -> Tensor:
-        width = self.settings.block_out_channels[0]
         flip, shift = self.settings.flip_sin_to_cos, self.settings.freq_shift
-        waves = sinusoid(t, width, cos_first=flip, freq_shift=shift)
+        waves = sinusoid(t, self.settings.waves, cos_first=flip, freq_shift=shift)
         return waves.to(self.time_embedding.linear_1.weight.dtype)
 
     def _check(self, x_t: Tensor) -> None:

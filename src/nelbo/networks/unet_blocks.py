@@ -125,13 +125,13 @@ class Down(nn.Module):
         super().__init__()
         before = config.block_out_channels[max(level - 1, 0)]
         width = config.block_out_channels[level]
-        attend = config.down_block_types[level] == "AttnDownBlock2D"
+        kind = config.down_block_types[level]
         layers = config.layers_per_block
         widths = [before] + (layers - 1) * [width]
         self.resnets = nn.ModuleList([Residual(config, w, width) for w in widths])
-        self.attentions = _attentions(config, width, layers if attend else 0)
+        self.attentions = _attentions(config, width, layers if kind == "AttnDownBlock2D" else 0)
         last = level == len(config.block_out_channels) - 1
-        self.downsamplers = nn.ModuleList([] if last else [_halving(config, width, attend)])
+        self.downsamplers = nn.ModuleList([] if last else [_halving(config, width, kind)])
 
     def forward(self, x: Tensor, embedded: Tensor) -> list[Tensor]:
         """Every state of the level in order; the last one goes on to the next level."""
@@ -183,16 +183,17 @@ class Up(nn.Module):
         coarse_first = config.block_out_channels[::-1]
         width, before = coarse_first[index], coarse_first[max(index - 1, 0)]
         finer = coarse_first[min(index + 1, len(coarse_first) - 1)]
-        attend = config.up_block_types[index] == "AttnUpBlock2D"
+        kind = config.up_block_types[index]
         layers = config.layers_per_block
         arriving = [before] + layers * [width]
         # The last state kept at a level is what came down to it from the finer one.
         kept = layers * [width] + [finer]
         widths = [a + k for a, k in zip(arriving, kept, strict=True)]
         self.resnets = nn.ModuleList([Residual(config, w, width) for w in widths])
-        self.attentions = _attentions(config, width, layers + 1 if attend else 0)
+        count = layers + 1 if kind == "AttnUpBlock2D" else 0
+        self.attentions = _attentions(config, width, count, up=True)
         last = index == len(coarse_first) - 1
-        self.upsamplers = nn.ModuleList([] if last else [_doubling(config, width, attend)])
+        self.upsamplers = nn.ModuleList([] if last else [_doubling(config, width, kind)])
 
     def forward(self, x: Tensor, states: list[Tensor], embedded: Tensor) -> Tensor:
         """Consume one state from the end of `states` for each residual block."""
@@ -204,21 +205,24 @@ class Up(nn.Module):
         return x
 
 
-def _attentions(config: UNetConfig, width: int, count: int) -> nn.ModuleList:
-    groups, eps, head = config.norm_num_groups, config.norm_eps, config.head_dim(width)
+def _attentions(config: UNetConfig, width: int, count: int, *, up: bool = False) -> nn.ModuleList:
+    groups, eps, head = config.norm_num_groups, config.norm_eps, config.head_dim(width, up)
     layers = [Attention(width, head, groups=groups, eps=eps) for _ in range(count)]
     return nn.ModuleList(layers)
 
 
-def _halving(config: UNetConfig, width: int, attend: bool) -> nn.Module:
-    # In diffusers the type of resampling concerns the levels with attention only.
-    if attend and config.downsample_type == "resnet":
+def _halving(config: UNetConfig, width: int, kind: str) -> nn.Module:
+    # In diffusers the type of resampling concerns the levels with attention only; others have a
+    # kind of block of their own.
+    attend = kind == "AttnDownBlock2D" and config.downsample_type == "resnet"
+    if attend or kind == "ResnetDownsampleBlock2D":
         return Residual(config, width, width, resample="down")
     return Halve(width, config.downsample_padding)
 
 
-def _doubling(config: UNetConfig, width: int, attend: bool) -> nn.Module:
-    if attend and config.upsample_type == "resnet":
+def _doubling(config: UNetConfig, width: int, kind: str) -> nn.Module:
+    attend = kind == "AttnUpBlock2D" and config.upsample_type == "resnet"
+    if attend or kind == "ResnetUpsampleBlock2D":
         return Residual(config, width, width, resample="up")
     return Double(width)
 

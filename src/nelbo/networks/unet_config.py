@@ -1,21 +1,24 @@
 """The configuration of a `UNet`: diffusers' keys and defaults, each checked when it is read.
 
 The keys equal those of `UNet2DModel` in diffusers 0.42, so that a directory written there is read
-here and the other way round. A value that nelbo does not compute is refused by name; it is never
-ignored, since an ignored key is another model under the same weights.
+here and the other way round. Three more (`OWN`) describe published networks that it cannot; they
+are left out of the JSON where they are not in use. A value that nelbo does not compute is refused
+by name; it is never ignored, since an ignored key is another model under the same weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from nelbo.errors import InputRefused
 
 ACTIVATIONS = ("silu", "swish", "mish", "gelu", "relu")
-DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D")
-UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D")
+DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
+UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
+OWN = ("num_heads", "num_heads_up", "time_features")
+"""Keys that diffusers' `UNet2DModel` does not have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,9 @@ class UNetConfig:
     class_embed_type: str | None = None
     num_class_embeds: int | None = None
     num_train_timesteps: int | None = None
+    num_heads: int | None = None
+    num_heads_up: int | None = None
+    time_features: int | None = None
 
     def __post_init__(self) -> None:
         self._check_names()
@@ -83,18 +89,31 @@ class UNetConfig:
         return cls(**frozen)
 
     def json(self) -> dict[str, Any]:
-        """All keys with JSON values, in diffusers' order."""
-        listed = asdict(self).items()
-        return {key: list(v) if isinstance(v, tuple) else v for key, v in listed}
+        """Keys with JSON values in diffusers' order, those of `OWN` only where they are in use."""
+        listed = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
+        return {key: v for key, v in listed.items() if key not in OWN or key in self.own}
 
-    def head_dim(self, channels: int) -> int:
-        """Channels of an attention head in a layer of so many channels."""
+    @property
+    def own(self) -> tuple[str, ...]:
+        """Keys in use that diffusers' `UNet2DModel` does not have: it cannot hold this network."""
+        return tuple(key for key in OWN if getattr(self, key) is not None)
+
+    def head_dim(self, channels: int, up: bool = False) -> int:
+        """Channels of an attention head in a layer of so many channels, `up` on the way up."""
+        heads = self.num_heads_up if up and self.num_heads_up is not None else self.num_heads
+        if heads is not None:
+            return channels // heads
         return channels if self.attention_head_dim is None else self.attention_head_dim
 
     @property
     def time_width(self) -> int:
         """Features of the embedded time."""
         return self.time_embedding_dim or 4 * self.block_out_channels[0]
+
+    @property
+    def waves(self) -> int:
+        """Features of the sinusoid that is embedded."""
+        return self.time_features or self.block_out_channels[0]
 
     @property
     def factor(self) -> int:
@@ -143,11 +162,31 @@ class UNetConfig:
         for key in counts:
             if getattr(self, key) < 1:
                 raise InputRefused(f"{key}={getattr(self, key)}: choose at least 1")
-        if self.block_out_channels[0] // 2 <= self.freq_shift:
+        if self.waves // 2 <= self.freq_shift:
+            key = "time_features" if self.time_features else "block_out_channels[0]"
             raise InputRefused(
-                f"block_out_channels[0]={self.block_out_channels[0]} leaves no frequency for the "
+                f"{key}={self.waves} leaves no frequency for the "
                 f"time embedding with freq_shift={self.freq_shift}: choose more channels"
             )
+        self._check_heads()
+
+    def _check_heads(self) -> None:
+        down = self._widths(self.down_block_types, self.block_out_channels, "AttnDownBlock2D")
+        if self.mid_block_type is not None and self.add_attention:
+            down += self.block_out_channels[-1:]
+        up = self._widths(self.up_block_types, self.block_out_channels[::-1], "AttnUpBlock2D")
+        every = down if self.num_heads_up is not None else down + up
+        for key, widths in (("num_heads", every), ("num_heads_up", up)):
+            heads = getattr(self, key)
+            if heads is not None and (heads < 1 or any(width % heads for width in widths)):
+                raise InputRefused(
+                    f"{key}={heads} does not divide the channels {sorted(set(widths))} of the "
+                    "layers with attention: choose a common divisor"
+                )
+
+    @staticmethod
+    def _widths(kinds: Sequence[str], widths: Sequence[int], kind: str) -> tuple[int, ...]:
+        return tuple(w for k, w in zip(kinds, widths, strict=True) if k == kind)
 
 
 def _one_of(key: str, value: object, allowed: Iterable[object]) -> None:

@@ -1,0 +1,5 @@
+"""Checkpoints of other code bases: read strictly, measured like our own, and written for them.
+
+`diffusers` reads the directories of that library without importing it, `callables` takes any
+Python function, `export` writes what `DDPMPipeline.from_pretrained` loads. Each gives a `Foreign`.
+"""
