@@ -62,6 +62,9 @@ LIMITS: dict[str, tuple[float, float]] = {
     "limit": COUNT,
     "n": COUNT,
     "eta": FRACTION,
+    "levels": (2, 256),
+    "edge": POSITIVE,
+    "label": NUMBER,
 }
 
 
@@ -75,6 +78,8 @@ def check(options: Any) -> None:
     """
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
+        if dataclasses.is_dataclass(value):
+            check(value)
         for number in value if isinstance(value, tuple) else (value,):
             if field.name in LIMITS and isinstance(number, int | float):
                 _check(field.name, number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from dataclasses import dataclass
@@ -23,7 +24,13 @@ from nelbo.processes.gaussian import Gaussian
 from nelbo.recipes.recipe import Subject
 from nelbo.reverse import Reverse
 from nelbo.walks import comparison, weighted
-from nelbo.walks.stored import Stored, device_of, open_run, save_arrays
+from nelbo.walks.stored import (
+    Stored,
+    assumptions,
+    device_of,
+    open_checkpoint,
+    save_arrays,
+)
 
 FITTED, MOST_DIMS = 20_000, 4096
 """Training examples for the covariance of the control variate, and the largest one."""
@@ -99,7 +106,7 @@ def document(subject: Subject, step: int, request: Request, result: Evaluation) 
             "levels": dataset.levels,
             "sha256": dataset.record.get("sha256"),
         },
-        "model": {**subject.description, "weights": "ema", "step": step},
+        "model": {"weights": "ema", "step": step, **subject.description},
         "calls_per_example": result.calls,
         "pilot_calls": result.pilot_calls,
         "control": "wiener" if _uses_control(subject, request) else "none",
@@ -168,12 +175,16 @@ def write(
     tighter = {} if found is None else weighted.entry(found, subject.dataset.dims)
     value = {**document(subject, stored.step, request, result), **extra, **tighter, **known}
     comparison.pair_gaps(value)
+    if stored.assumed is not None:
+        value["assumed"] = stored.assumed
+    if not stored.keeps:
+        return value
     calls = "full" if request.calls is None else f"calls{request.calls}"
     part = request.split if request.limit is None else f"{request.split}{request.limit}"
     many = "" if request.importance is None else f"-importance{request.importance}"
     name = f"{part}-step{stored.step:08d}-{calls}{many}-seed{request.seed}"
     folder = stored.directory.evaluation
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     more = comparison.arrays(subject, rows) | ({} if found is None else weighted.arrays(found))
     _write_npz(folder / f"{name}.npz", result, more)
     write_json_atomic(folder / f"{name}.json", value)
@@ -200,15 +211,23 @@ def lines(value: dict[str, Any]) -> str:
     head = (
         f"{data['name']}, {data['split']} split, n = {data['n']}, {data['dims']} dimensions\n"
         f"{model['parameterization']}, variance {model['variance']}, decoder {model['decoder']}\n"
-        f"{model['grid']}; weights {model['weights']} of step {model['step']}; "
+        f"{model['grid']}; {_weights(value)}; "
         f"{value['calls_per_example']:g} network calls per example\n"
     )
     header = ["bound", "bits/dim", "± se", "± se_mc", "bits/example"]
     table = console.clean(head) + "\n" + console.table(rows, header)
     parts = [table]
+    parts += [assumptions(value["assumed"])] if value.get("assumed") else []
     parts += [weighted.lines(value)] if "importance" in value else []
     parts += [comparison.lines(value)] if "comparison" in value else []
     return "\n\n".join(parts)
+
+
+def _weights(value: dict[str, Any]) -> str:
+    model = value["model"]
+    if "assumed" in value:
+        return f"weights {model['weights']}, clip {model['clip']}"
+    return f"weights {model['weights']} of step {model['step']}"
 
 
 def _row(term: dict[str, Any]) -> list[str]:
@@ -226,7 +245,8 @@ def _row(term: dict[str, Any]) -> list[str]:
 def run(options: Evaluate) -> dict[str, Any]:
     """`nelbo evaluate`: open, measure, write, print."""
     device = device_of(options.device)
-    stored = open_run(options.run, options.checkpoint, device)
+    stored = open_checkpoint(options, device)
+    options = dataclasses.replace(options, split=options.split or stored.part)
     request = request_of(options)
     found = _weigh(stored.subject, request, device)
     result = measure(stored.subject, stored.subject.model, request)
@@ -238,7 +258,7 @@ def run(options: Evaluate) -> dict[str, Any]:
 def request_of(options: Evaluate) -> Request:
     """What the options ask for."""
     return Request(
-        options.split,
+        options.split or "test",
         options.calls,
         options.seed,
         options.batch,
