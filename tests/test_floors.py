@@ -125,6 +125,7 @@ _FLOORS = {
     "walks.weighted": (6, 0),
     "walks.evaluate": (6, 1),
     "walks.sample": (6, 1),
+    "walks.export": (6, 1),
     "walks.conditions": (6, 1),
     "walks.conditional": (6, 2),
     "walks.session": (6, 2),

@@ -73,7 +73,7 @@ def subject(
     if data is None:
         dataset = _none(foreign, checkpoint.path)
     else:
-        dataset = _fitted(foreign, open_path(data, size=size), checkpoint.path, data)
+        dataset = _fitted(foreign, open_path(data, size=size), checkpoint.path, data, size)
     found = Subject(
         dataset=dataset, model=foreign.model, times=foreign.times, description=foreign.description
     )
@@ -88,19 +88,26 @@ def _none(foreign: Foreign, path: Path) -> Dataset:
     return _scaled(foreign, plain)
 
 
-def _fitted(foreign: Foreign, dataset: Dataset, path: Path, data: Path) -> Dataset:
+def _fitted(
+    foreign: Foreign, dataset: Dataset, path: Path, data: Path, size: int | None
+) -> Dataset:
     if dataset.levels is None:
         raise InputRefused(f"{data}: holds real vectors, and {path} is a model of images")
-    for warning in dataset.record.get("warnings", []):
-        console.say(f"{data}: {warning}")
+    folder = data.is_dir() and dataset.name == data.resolve().name
+    if size is not None and not folder:
+        raise UsageError(f"--size is for a folder of images, which {data} is not")
     if dataset.shape() != foreign.shape:
-        raise InputRefused(_misfit(foreign.shape, dataset.shape(), path, data))
+        raise InputRefused(_misfit(foreign.shape, dataset.shape(), path, data, folder))
     most = int(max(part.max() for part in (dataset.train, dataset.test)))
     if dataset.levels < foreign.levels or most >= foreign.levels:
         have = f"{dataset.levels} levels" if dataset.levels < foreign.levels else f"level {most}"
         raise InputRefused(
             f"{data}: has {have}, {path} is read with {foreign.levels} levels; set --levels"
         )
+    for warning in dataset.record.get("warnings", []):
+        # some warnings are of the levels of the file, which may have been set aside
+        if dataset.levels == foreign.levels:
+            console.say(f"{data}: {warning}")
     return _scaled(foreign, dataclasses.replace(dataset, levels=foreign.levels))
 
 
@@ -110,11 +117,13 @@ def _scaled(foreign: Foreign, dataset: Dataset) -> Dataset:
     return Unit(**{f.name: getattr(dataset, f.name) for f in dataclasses.fields(Dataset)})
 
 
-def _misfit(model: tuple[int, ...], data: tuple[int, ...], path: Path, where: Path) -> str:
+def _misfit(
+    model: tuple[int, ...], data: tuple[int, ...], path: Path, where: Path, folder: bool
+) -> str:
     sizes = f"{_by(data)} images in {where}, but {path} is a model of {_by(model)}"
     if data[0] != model[0] or model[1] != model[2]:
         return f"{sizes}: convert the images (channels x height x width)"
-    if where.is_dir():
+    if folder:
         return f"{sizes}: add --size {model[1]} to crop and resize them"
     return f"{sizes}: resize the array, or give a folder of images and --size {model[1]}"
 
