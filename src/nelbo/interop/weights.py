@@ -187,7 +187,8 @@ def _list(kind: str, names: list[str]) -> list[str]:
     if not names:
         return []
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return [f"{len(names)} tensors {kind}: {', '.join(names[:NAMED])}{more}"]
+    count = f"{len(names)} tensor{'s' * (len(names) > 1)}"
+    return [f"{count} {kind}: {', '.join(names[:NAMED])}{more}"]
 
 
 def _by(shape: tuple[int, ...]) -> str:
