@@ -33,7 +33,7 @@ def main() -> None:
         norm_num_groups=2,
         attention_head_dim=2,
     ).eval()
-    scheduler = DDPMScheduler(STEPS, beta_start=1e-3, beta_end=0.5)
+    scheduler = DDPMScheduler(num_train_timesteps=STEPS, beta_start=1e-3, beta_end=0.5)
     DDPMPipeline(network, scheduler).save_pretrained(HERE / "diffusers_tiny")
     zero = lambda shape, **_: torch.zeros(shape)  # noqa: E731
     scheduling_ddpm.randn_tensor = zero
