@@ -192,7 +192,7 @@ def test_the_command_agrees_with_the_loop(
 CHAINS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"variance_type": "fixed_large"}, {}),
     ({"prediction_type": "v_prediction", "clip_sample": False}, {}),
-    ({"prediction_type": "sample", "clip_sample_range": 0.8}, {}),
+    ({"prediction_type": "sample", "clip_sample_range": 0.8, "beta_start": 0.03}, {}),
     ({"variance_type": "learned_range"}, {"out_channels": 2}),
     ({"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}, {}),
     ({"trained_betas": [0.01 * (i + 1) for i in range(STEPS)]}, {"flip_sin_to_cos": False}),

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 import torch
 from safetensors import torch as safetensors
-from torch import Tensor, nn
+from torch import Tensor
 
 from nelbo.decoders import Discretized, Following, Lose, Ratio
 from nelbo.errors import UsageError
@@ -50,7 +50,6 @@ _WRAPPED = {
     "Positions": "learned positions (--positions 0)",
     "Marked": "moved examples, which are marked to the network (--augment 0)",
     "Ensemble": "several networks (--members 1)",
-    "LevelHead": "a head over levels (--predict epsilon)",
 }
 
 
@@ -108,16 +107,18 @@ def contents(
     """The files of the folder by name."""
     if levels is None or len(shape) != 3 or not isinstance(model.process, Gaussian):
         _refuse("it is no Gaussian diffusion of images")
-    network = network_of(model, times)
     scheduler = scheduler_of(model, times)
     edge = edge_of(model)
+    network = network_of(model, times)
     index = {
         "_class_name": "DDPMPipeline",
         "unet": ["diffusers", "UNet2DModel"],
         "scheduler": ["diffusers", "DDPMScheduler"],
     }
     config = {"_class_name": "UNet2DModel", **network.config, "sample_size": _size(shape)}
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in _state(network).items()}
+    state = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()
+    }
     weights = safetensors.save(state, {"format": "pt"})
     manifest = {
         "schema": SCHEMA,
@@ -148,10 +149,6 @@ def _refuse(why: str) -> NoReturn:
 
 def _size(shape: tuple[int, ...]) -> int | list[int]:
     return shape[1] if shape[1] == shape[2] else list(shape[1:])
-
-
-def _state(network: nn.Module) -> dict[str, Tensor]:
-    return network.state_dict()
 
 
 def _json(value: Any) -> bytes:

@@ -177,6 +177,7 @@ def write(
     comparison.pair_gaps(value)
     if stored.assumed is not None:
         value["assumed"] = stored.assumed
+        value["model"]["step"] = None
     if not stored.keeps:
         return value
     calls = "full" if request.calls is None else f"calls{request.calls}"
