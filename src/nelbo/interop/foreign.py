@@ -86,6 +86,7 @@ class Chain:
         betas: (T,) in (0, 1), the last may be 1. schedule: its name, for reports.
         predict: what the network predicts. variance: of the reverse steps.
         clip: as its sampler clips x̂_0; None: not at all.
+        kept: 0-based numbers of the steps that the grid has; None: all T.
     """
 
     betas: Tensor
@@ -93,6 +94,7 @@ class Chain:
     variance: Variances = "posterior"
     clip: float | None = None
     schedule: str = "own betas"
+    kept: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +102,7 @@ class Foreign:
     """A checkpoint of another code base.
 
     Arguments:
-        model: the reverse process. times: (T,) its full grid. shape: (C, H, W) of an example.
+        model: the reverse process. times: (N,) its grid. shape: (C, H, W) of an example.
         levels: of the data. scaling: where the levels sit, a key of `SCALINGS`.
         description: what the bound is a bound of, in words.
         assumed: every thing that the files do not say, with the value taken.
@@ -132,7 +134,7 @@ def assemble(
     """
     stated = Stated() if stated is None else stated
     schedule = _schedule(chain)
-    times = schedule.grid()
+    times = schedule.grid() if chain.kept is None else schedule.times(chain.kept)
     scaling = assumptions.scaling or stated.scaling or "symmetric"
     levels = assumptions.levels or stated.levels or LEVELS
     rule = _first(assumptions.edge, stated.edge, "following" if len(times) > 1 else "lose")
@@ -151,7 +153,7 @@ def assemble(
         "parameterization": chain.predict,
         "variance": chain.variance,
         "decoder": f"discretized, variance {_edge_words(rule)}",
-        "grid": f"{schedule.steps} latents, {chain.schedule}",
+        "grid": f"{_count(len(times), schedule.steps)} latents, {chain.schedule}",
         "clip": "none" if clip is None else f"{clip:g}",
         "parameters": str(sum(p.numel() for p in network.parameters()) or "unknown"),
         "weights": stated.weights or "as stored",
@@ -226,6 +228,10 @@ def _decoder(levels: int, edge: Edge, scaling: Scaling) -> Decoder:
 
 def _edge_words(rule: str | float) -> str:
     return rule if isinstance(rule, str) else f"{rule:g}"
+
+
+def _count(kept: int, steps: int) -> str:
+    return f"{steps}" if kept == steps else f"{kept} of {steps}"
 
 
 _RULES = {

@@ -149,8 +149,7 @@ def load(
         check(names, shapes, where)
     for path in paths:
         _add(found, state_of(path, trust_pickle), rename, path)
-    check({name: tuple(tensor.shape) for name, tensor in found.items()}, shapes, where)
-    return {name: _float(tensor, name, where) for name, tensor in found.items()}
+    return exactly(found, shapes, where)
 
 
 def _add(into: dict[str, Any], more: Mapping[str, Any], rename: Rename, path: Path) -> None:
@@ -181,6 +180,18 @@ def check(
     ]
     if faults:
         raise InputRefused(f"{where}: does not fit its configuration: {'; '.join(faults)}")
+
+
+def exactly(
+    found: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], where: str
+) -> dict[str, Tensor]:
+    """The tensors in float32, after `check`.
+
+    Raises:
+        InputRefused: as `check`, or a tensor that holds no real, finite numbers.
+    """
+    check({name: tuple(tensor.shape) for name, tensor in found.items()}, expected, where)
+    return {name: _float(tensor, name, where) for name, tensor in found.items()}
 
 
 def _list(kind: str, names: list[str]) -> list[str]:
