@@ -450,6 +450,44 @@ def test_other_schedulers_are_refused_by_name(folder: Path, name: str) -> None:
         read(folder)
 
 
+JUNK: list[Any] = [
+    *(
+        None,
+        True,
+        -1,
+        0,
+        0.0,
+        0.5,
+        2,
+        3,
+        60_000,
+        1e300,
+        10**400,
+        "",
+        "x" * 500,
+        "linear",
+        [],
+        [[]],
+        {},
+        {"a": 1},
+    ),
+    *([None], ["x"], [1, "x"], [8, 8, 8], [1e300, 2], [True, False], ["diffusers", 3]),
+]
+
+
+@pytest.mark.parametrize("name", ["model_index.json", CONFIG, SCHEDULER])
+def test_no_value_of_any_field_is_a_crash(folder: Path, name: str) -> None:
+    """It is read, or refused in one line."""
+    content = json.loads((folder / name).read_text())
+    (folder / WEIGHTS).write_bytes(b"")  # the last thing that is looked at
+    for key in content:
+        for value in JUNK:
+            (folder / name).write_text(json.dumps(content | {key: value}))
+            with pytest.raises(InputRefused) as refused:
+                read(folder)
+            assert "\n" not in str(refused.value) and len(str(refused.value)) < 700
+
+
 def test_classes(folder: Path) -> None:
     """One class throughout: the class embedding is added to that of the time."""
     edit(folder / CONFIG, num_class_embeds=3)

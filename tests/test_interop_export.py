@@ -71,7 +71,7 @@ def test_the_files(folder: Path) -> None:
     assert (manifest["levels"], manifest["edge"], manifest["weights"]) == (17, "following", "ema")
     assert manifest["data"]["name"] == "digits" and manifest["options"]["predict"] == "epsilon"
     card = (folder / "README.md").read_text()
-    assert "num_inference_steps=20" in card and "nelbo evaluate chain --data" in card
+    assert "num_inference_steps=20" in card and "nelbo evaluate exported --data" in card
     assert sorted(p.name for p in folder.parent.iterdir()) == ["exported"]
 
 

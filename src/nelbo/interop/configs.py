@@ -95,7 +95,7 @@ class Fields:
         if isinstance(value, bool) or not isinstance(value, int | float):
             self.refuse(key, f"{str(value)[:60]!r} is no number")
         if not low <= value <= high:
-            self.refuse(key, f"{value:g} is not between {low:g} and {high:g}")
+            self.refuse(key, f"{str(value)[:40]} is not between {low:g} and {high:g}")
         return value
 
     def count(self, key: str, default: int, high: int) -> int:
@@ -240,7 +240,7 @@ def _trained(fields: Fields, trained: Any, steps: int) -> Tensor | None:
     if trained is None:
         return None
     numbers = isinstance(trained, list) and all(
-        isinstance(b, int | float) and not isinstance(b, bool) for b in trained
+        isinstance(b, int | float) and not isinstance(b, bool) and abs(b) < 1e9 for b in trained
     )
     if not numbers or len(trained) != steps:
         found = f"{len(trained)} entries" if isinstance(trained, list) else "no list"

@@ -33,6 +33,10 @@ MOST = 1 << 16
 """Largest number in a network's configuration."""
 MOST_LEVELS, MOST_LAYERS = 16, 64
 _ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_LISTED: dict[str, type] = {"block_out_channels": int, "sample_size": int}
+"""Of what a list consists; of words where nothing is said."""
+_MAY_BE_NULL = ("sample_size", "mid_block_type", "attention_head_dim")
+_MAY_BE_ZERO = ("freq_shift", "dropout", "norm_eps", "downsample_padding")
 _KINDS: dict[str, tuple[type, ...]] = {
     "sample_size": (int, list),
     "center_input_sample": (bool,),
@@ -69,7 +73,8 @@ class Layout:
 
 def is_directory(path: Path) -> bool:
     """Whether a path looks like a diffusers directory."""
-    return (path / INDEX).is_file() or (path / "config.json").is_file()
+    signs = (INDEX, "config.json", "unet/config.json")
+    return any((path / sign).is_file() for sign in signs)
 
 
 def layout(root: Path) -> Layout:
@@ -123,9 +128,11 @@ def settings_of(config: Fields) -> UNetConfig:
     name = str(config.notes.get("_class_name", "UNet2DModel"))[:80]
     if name != "UNet2DModel":
         config.refuse("_class_name", f"{name}: only UNet2DModel is computed here")
-    known = {field.name for field in fields(UNetConfig)}
+    defaults = {field.name: field.default for field in fields(UNetConfig)}
     for key, value in config.left.items():
-        if key in known and value is not None:
+        if value is None and defaults.get(key) is not None and key not in _MAY_BE_NULL:
+            config.refuse(key, "is null, and has to have a value")
+        if value is not None and key in defaults:
             _check_type(config, key, value)
     try:
         return UNetConfig.of(config.left)
@@ -142,10 +149,14 @@ def _check_type(config: Fields, key: str, value: Any) -> None:
     parts = value if isinstance(value, list) else [value]
     if len(parts) > MOST_LEVELS:
         config.refuse(key, f"{len(parts)} entries, at most {MOST_LEVELS} are read")
+    kind = _LISTED.get(key, str)
+    if isinstance(value, list) and not all(type(part) is kind for part in parts):
+        config.refuse(key, f"{str(value)[:60]} is no list of {kind.__name__}")
     numbers = [part for part in parts if not isinstance(part, str | bool)]
-    high = MOST_LAYERS if key == "layers_per_block" else MOST
-    if not all(isinstance(part, int | float) and 0 <= part <= high for part in numbers):
-        config.refuse(key, f"{str(value)[:60]} is not between 0 and {high}")
+    high = {"layers_per_block": MOST_LAYERS, "dropout": 1}.get(key, MOST)
+    low = 0 if key in _MAY_BE_ZERO else 1
+    if not all(isinstance(part, int | float) and low <= part <= high for part in numbers):
+        config.refuse(key, f"{str(value)[:60]} is not between {low} and {high}")
 
 
 def _shape(config: Fields, settings: UNetConfig) -> tuple[int, int, int]:
@@ -187,8 +198,11 @@ def _check_class(config: Fields, settings: UNetConfig, assumptions: Assumptions)
 
 def _network(config: Fields, settings: UNetConfig, files: list[Path], trust_pickle: bool) -> UNet:
     """The network with its weights; nothing is allocated before the shapes are known to fit."""
-    with torch.device("meta"):
-        network = UNet(**settings.json())
+    try:
+        with torch.device("meta"):
+            network = UNet(**settings.json())
+    except InputRefused as error:
+        raise InputRefused(f"{config.path}: {error}") from error
     state = weights.load(files, network.state_dict(), modern, trust_pickle)
     network.load_state_dict(state, assign=True)
     return network

@@ -18,7 +18,7 @@ def run(options: Export) -> dict[str, Any]:
     subject = stored.subject
     written = stored.directory.open()
     origin = Origin(
-        name=options.run.resolve().name,
+        name=options.out.resolve().name,
         recipe={"recipe": written["recipe"], "options": _public(written["options"])},
         data=_public(subject.dataset.record),
         step=stored.step,
