@@ -153,7 +153,7 @@ def test_usage_errors(arguments: str, words: str, tmp_path: Path) -> None:
         ("evaluate RUN --batch 0", "--batch 0"),
         ("evaluate RUN --threads 0", "--threads 0"),
         ("evaluate RUN --checkpoint 4x", "--checkpoint 4x"),
-        ("evaluate RUN --split all", "split"),
+        ("evaluate RUN --split every", "split"),
         ("sample RUN --n 0", "--n 0"),
         ("sample RUN --steps 0", "--steps 0"),
         ("sample RUN --steps 21", "grid of 20"),

@@ -14,7 +14,8 @@ from nelbo import cli
 from nelbo.recipes.options import RECIPES
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGES = [DOCS / f"{name}.md" for name in ("units", "likelihood", "conditioning", "steps")]
+NAMES = ("units", "likelihood", "conditioning", "steps", "interop")
+PAGES = [DOCS / f"{name}.md" for name in NAMES]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -74,3 +75,13 @@ def test_the_plain_product_misses_what_the_weights_reach() -> None:
     stated = [float(x) for x in re.findall(r"(?:mean|variance) (-?\d\.\d+)", shown[1])]
     assert numbers == pytest.approx(stated, abs=0.03) and len(numbers) == 4
     assert abs(numbers[0] - 0.8) > 0.05 and abs(numbers[2] - 0.8) < 0.03
+
+
+def test_a_function_is_measured_as_printed() -> None:
+    """To 0.02 bits/dim: sampling may differ in rounding from machine to machine."""
+    (code,) = blocks(DOCS / "interop.md", "python")
+    found, assumed = printed(code).splitlines()
+    page = (DOCS / "interop.md").read_text()
+    shown = re.search(r"```\n(\d\.\d+) bits/dim\n(decoder variance.*)\n```", page)
+    assert shown is not None and shown[2] == assumed
+    assert float(found.split()[0]) == pytest.approx(float(shown[1]), abs=0.02)

@@ -14,6 +14,7 @@ from goldens import NETWORKS, assert_near, chain, check_terms, combinations, loa
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from tiny import silent
 from torch import Tensor, nn
 
 from nelbo.bound import pair_term, prior_term
@@ -316,8 +317,8 @@ def test_pickles_need_trust(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda s: s.pop("middle_block.1.qkv.bias"), "1 tensors missing: 'middle_block.1.qkv.b"),
-        (lambda s: s.update(extra=torch.zeros(1)), "1 tensors unexpected: 'extra'"),
+        (lambda s: s.pop("middle_block.1.qkv.bias"), "1 tensor missing: 'middle_block.1.qkv.b"),
+        (lambda s: s.update(extra=torch.zeros(1)), "1 tensor unexpected: 'extra'"),
         (lambda s: s.update({"out.0.bias": torch.zeros(5)}), "'out.0.bias' is 5, expected 32"),
         (lambda s: s["out.0.bias"].fill_(torch.nan), "'out.0.bias' holds NaN"),
         (lambda s: s.pop(FIRST), "is no UNetModel"),
@@ -398,3 +399,28 @@ def test_flags_must_be_a_small_object(text: str, tmp_path: Path) -> None:
     flags.write_text(text)
     with pytest.raises(InputRefused, match=r"flags\.json"):
         read(weights_, flags, Assumptions(), trust_pickle=True)
+
+
+def test_the_command_line_takes_a_file_with_its_flags(tmp_path: Path) -> None:
+    case = next(case for case in CASES if label(case) is None)
+    path, flags = files(tmp_path, case)
+    model = read(path, flags, Assumptions(), trust_pickle=True)
+    shape = (12, *model.shape)
+    rows = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0))
+    np.save(tmp_path / "data.npy", rows.to(torch.uint8).numpy())
+    words = [
+        "evaluate",
+        str(path),
+        "--data",
+        str(tmp_path / "data.npy"),
+        "--calls",
+        "4",
+        "--quiet",
+    ]
+    code, _, err = silent(words)
+    assert code == 2 and "add --flags" in err
+    code, _, err = silent([*words, "--flags", str(flags)])
+    assert code == 3 and "--trust-pickle" in err
+    code, out, err = silent([*words, "--flags", str(flags), "--trust-pickle", "--json"])
+    assert code == 0, err
+    assert json.loads(out)["data"]["n"] == 12 and json.loads(out)["assumed"]

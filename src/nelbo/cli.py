@@ -101,6 +101,15 @@ def sample(arguments: list[str]) -> int:
     return 0
 
 
+def export(arguments: list[str]) -> int:
+    """Write a run's model for another library."""
+    options = _parse("Export", arguments)
+    from nelbo.walks import export as walk
+
+    walk.run(options)
+    return 0
+
+
 def report(arguments: list[str]) -> int:
     """Write the report of a run."""
     options = _parse("Report", arguments)
@@ -125,6 +134,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "evaluate": evaluate,
     "sample": sample,
+    "export": export,
     "report": report,
     "recipes": recipes,
     "doctor": doctor,

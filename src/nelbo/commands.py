@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -21,11 +21,32 @@ class Recipes:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Elsewhere:
+    """Checkpoints of other code bases: what their files do not say. Runs take none of these."""
+
+    scaling: Literal["symmetric", "unit"] | None = None
+    """Data as the network sees it: in [-1, 1], or in [0, 1]; symmetric unless the files say so."""
+    levels: int | None = None
+    """Grey levels of the data; 256 unless the files say otherwise."""
+    edge: Literal["following", "lose", "ratio"] | float | None = None
+    """Variance of the decoder p(x_0|x_1): that of the second step, beta_1, 1/snr, or a number;
+    following unless the files say otherwise."""
+    clip: Literal["scheduler", "none"] | float = "scheduler"
+    """Clip the predicted data: as the checkpoint's own sampler does, never, or to this size."""
+    label: int | None = None
+    """Class of a class-conditional network."""
+    trust_pickle: bool = False
+    """Open weights in a pickle (.bin, .pt), which you trust; only tensors are read."""
+    flags: Path | None = None
+    """JSON file with the flags that a .pt file was trained with."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """The variational bound of a run's model, by term, with errors."""
+    """The variational bound of a model, by term, with errors."""
 
     run: tyro.conf.Positional[Path]
-    """Run directory."""
+    """Run directory, or a checkpoint of another code base (with --data)."""
     calls: float | None = None
     """Network calls per example, on average, also below one; the full bound (every step) by
     default. With --until: where to stop all the same."""
@@ -43,8 +64,8 @@ class Evaluate:
     importance: int | None = None
     """Also the importance-weighted bound, from so many joint trajectories of each example: as many
     walks down the whole grid; take a --limit."""
-    split: Literal["test", "validation", "train"] = "test"
-    """Part of the data."""
+    split: Literal["test", "validation", "train", "all"] | None = None
+    """Part of the data; test for a run, all for a checkpoint of another code base."""
     limit: int | None = None
     """Only the first so many examples."""
     checkpoint: str = "newest"
@@ -62,6 +83,14 @@ class Evaluate:
     them with commas."""
     fit: int = 128
     """With --steps, training examples on which grids and the optimal variance are fitted."""
+    data: Path | None = None
+    """Data for a checkpoint of another code base: images, .npy, .npz, IDX, CIFAR-10."""
+    size: int | None = None
+    """Crop the images of --data to a square and resize them to this size."""
+    out: Path | None = None
+    """New folder for the figures of such a checkpoint, which are else only printed."""
+    elsewhere: Annotated[Elsewhere, tyro.conf.arg(name="")] = Elsewhere()
+    """Checkpoints of other code bases."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
     threads: int | None = None
@@ -74,10 +103,10 @@ class Evaluate:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Draw samples from a run's model."""
+    """Draw samples from a model."""
 
     run: tyro.conf.Positional[Path]
-    """Run directory."""
+    """Run directory, or a checkpoint of another code base."""
     n: int | None = None
     """How many; 64, or 8 under a condition."""
     observe: Path | None = None
@@ -105,11 +134,14 @@ class Sample:
     fit: int = 128
     """Training examples on which an optimal grid or variance is fitted."""
     out: Path | None = None
-    """Folder for the picture and the array; RUN/samples/NAME by default."""
+    """New folder for the picture and the array; RUN/samples/NAME by default, samples/NAME here for
+    a checkpoint of another code base."""
     checkpoint: str = "newest"
     """newest, best (by validation bound), or a step."""
     seed: int = 0
     """Of the noise."""
+    elsewhere: Annotated[Elsewhere, tyro.conf.arg(name="")] = Elsewhere()
+    """Checkpoints of other code bases."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
     threads: int | None = None
@@ -118,6 +150,22 @@ class Sample:
     """Print one JSON document."""
     quiet: bool = False
     """No progress on stderr."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a run's model for another library."""
+
+    run: tyro.conf.Positional[Path]
+    """Run directory."""
+    out: tyro.conf.Positional[Path]
+    """New folder."""
+    to: Literal["diffusers"] = "diffusers"
+    """Which library: its DDPMPipeline.from_pretrained loads the folder."""
+    checkpoint: str = "newest"
+    """newest, best (by validation bound), or a step."""
+    json: bool = False
+    """Print one JSON document."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,6 +73,11 @@ class Dataset:
         return tuple(self.train.shape[1:])
 
     @property
+    def all(self) -> Tensor:
+        """Every example: training, validation, test, in this order."""
+        return torch.cat((self.train, self.validation, self.test))
+
+    @property
     def dims(self) -> int:
         """Number of dimensions of one example."""
         return math.prod(self.shape())

@@ -155,7 +155,7 @@ def assemble(
         "decoder": f"discretized, variance {_edge_words(rule)}",
         "grid": f"{_count(len(times), schedule.steps)} latents, {chain.schedule}",
         "clip": "none" if clip is None else f"{clip:g}",
-        "parameters": str(sum(p.numel() for p in network.parameters())),
+        "parameters": str(sum(p.numel() for p in network.parameters()) or "unknown"),
         "weights": stated.weights or "as stored",
     }
     if assumptions.label is not None:

@@ -149,8 +149,7 @@ def load(
         check(names, shapes, where)
     for path in paths:
         _add(found, state_of(path, trust_pickle), rename, path)
-    check({name: tuple(tensor.shape) for name, tensor in found.items()}, shapes, where)
-    return {name: _float(tensor, name, where) for name, tensor in found.items()}
+    return exactly(found, shapes, where)
 
 
 def _add(into: dict[str, Any], more: Mapping[str, Any], rename: Rename, path: Path) -> None:
@@ -199,7 +198,8 @@ def _list(kind: str, names: list[str]) -> list[str]:
     if not names:
         return []
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return [f"{len(names)} tensors {kind}: {', '.join(names[:NAMED])}{more}"]
+    count = f"{len(names)} tensor{'s' * (len(names) > 1)}"
+    return [f"{count} {kind}: {', '.join(names[:NAMED])}{more}"]
 
 
 def _by(shape: tuple[int, ...]) -> str:

@@ -64,6 +64,9 @@ LIMITS: dict[str, tuple[float, float]] = {
     "n": COUNT,
     "eta": FRACTION,
     "fit": (2, 2**62),
+    "levels": (2, 256),
+    "edge": POSITIVE,
+    "label": NUMBER,
 }
 
 
@@ -77,6 +80,8 @@ def check(options: Any) -> None:
     """
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
+        if dataclasses.is_dataclass(value):
+            check(value)
         for number in value if isinstance(value, tuple) else (value,):
             if field.name in LIMITS and isinstance(number, int | float):
                 _check(field.name, number)

@@ -23,7 +23,7 @@ from nelbo.files import write_json_atomic
 from nelbo.recipes.recipe import Subject
 from nelbo.walks import evaluate as evaluating
 from nelbo.walks.measuring import Request, measure
-from nelbo.walks.stored import Stored, device_of, open_run, save_arrays
+from nelbo.walks.stored import Stored, device_of, opened, opened_beside, save_arrays
 
 OPTION = "--against"
 DRAWS, EXAMPLES = "examples, times and noise", "examples"
@@ -96,8 +96,10 @@ def document(one: Stored, other: Stored, request: Request, found: Comparison) ->
 
 def write(stored: Stored, request: Request, value: dict[str, Any], found: Comparison) -> None:
     """Store the document and the difference of every example beside the run's evaluations."""
+    if not stored.keeps:
+        return
     folder = stored.directory.evaluation
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     latents = len(stored.subject.times)
     name = evaluating.name_of(request, stored.step, latents)
     other = f"step{value['against']['model']['step']:08d}"
@@ -148,12 +150,12 @@ def asked(options: Evaluate) -> bool:
 
 def run(options: Evaluate) -> dict[str, Any]:
     """Open both, measure, write, print."""
-    assert options.against is not None
     if options.importance is not None:
         raise UsageError("--importance speaks of one model: leave out --against")
     device = device_of(options.device)
-    one = open_run(options.run, options.checkpoint, device)
-    other = open_run(options.against, options.against_checkpoint, device)
+    one, options = opened(options, device)
+    assert options.against is not None
+    other = opened_beside(options, options.against, options.against_checkpoint, device)
     request = evaluating.request_of(options)
     found = compare(one.subject, other.subject, request)
     value = document(one, other, request, found)

@@ -25,6 +25,7 @@ from nelbo.errors import UsageError
 from nelbo.files import exhausted, write_file
 from nelbo.pictures import save_grid
 from nelbo.randomness import key
+from nelbo.recipes.foreign import is_foreign
 from nelbo.reverse import Reverse
 from nelbo.walks import fitting
 from nelbo.walks.conditions import Condition, check, condition_of, source
@@ -52,6 +53,11 @@ def run(options: Sample) -> None:
         InputRefused: a file that is not what it should be.
     """
     check(options)
+    if is_foreign(options.run):
+        raise UsageError(
+            f"{options.run} is a checkpoint of another code base: filling in and taking noise off "
+            "are done with runs of nelbo"
+        )
     if options.out is not None and options.out.exists():
         raise UsageError(
             f"{options.out} exists, and nothing in it is overwritten: name another --out"

@@ -19,7 +19,13 @@ from nelbo.likelihood import ImportanceWeighted
 from nelbo.recipes.recipe import Subject
 from nelbo.walks import comparison, devices, weighted
 from nelbo.walks.measuring import Request, measure
-from nelbo.walks.stored import Stored, device_of, open_run, save_arrays
+from nelbo.walks.stored import (
+    Stored,
+    assumptions,
+    device_of,
+    opened,
+    save_arrays,
+)
 
 
 def document(subject: Subject, step: int, request: Request, result: Evaluation) -> dict[str, Any]:
@@ -36,7 +42,7 @@ def document(subject: Subject, step: int, request: Request, result: Evaluation) 
             "levels": dataset.levels,
             "sha256": dataset.record.get("sha256"),
         },
-        "model": {**subject.description, "weights": "ema", "step": step},
+        "model": {"weights": "ema", "step": step, **subject.description},
         "calls_per_example": result.calls,
         "pilot_calls": result.pilot_calls,
         **few_entry(result, dataset.dims),
@@ -114,9 +120,14 @@ def write(
     tighter = {} if found is None else weighted.entry(found, subject.dataset.dims)
     value = {**document(subject, stored.step, request, result), **extra, **tighter, **known}
     comparison.pair_gaps(value)
+    if stored.assumed is not None:
+        value["assumed"] = stored.assumed
+        value["model"]["step"] = None
+    if not stored.keeps:
+        return value
     name = name_of(request, stored.step, len(subject.times))
     folder = stored.directory.evaluation
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     more = comparison.arrays(subject, rows) | ({} if found is None else weighted.arrays(found))
     _write_npz(folder / f"{name}.npz", result, more)
     write_json_atomic(folder / f"{name}.json", value)
@@ -154,13 +165,14 @@ def lines(value: dict[str, Any]) -> str:
     head = (
         f"{data['name']}, {data['split']} split, n = {data['n']}, {data['dims']} dimensions\n"
         f"{model['parameterization']}, variance {model['variance']}, decoder {model['decoder']}\n"
-        f"{model['grid']}; weights {model['weights']} of step {model['step']}; "
+        f"{model['grid']}; {_weights(value)}; "
         f"{value['calls_per_example']:.4g} network calls per example\n"
     )
     header = ["bound", "bits/dim", "± se", "± se_mc", "bits/example"]
     table = console.clean(head) + "\n" + console.table(rows, header)
     parts = [table]
     parts += [_saved(value["savings"])] if "savings" in value else []
+    parts += [assumptions(value["assumed"])] if value.get("assumed") else []
     parts += [weighted.lines(value)] if "importance" in value else []
     parts += [comparison.lines(value)] if "comparison" in value else []
     return "\n\n".join(parts)
@@ -171,6 +183,13 @@ def _saved(rows: list[dict[str, Any]]) -> str:
     header = ["the same calls", "± se_mc", "calls for the same error"]
     body = [[r["name"], f"{r['se_mc']:.5f}", f"{r['calls_ratio']:.3g}x"] for r in rows]
     return console.table(body, header)
+
+
+def _weights(value: dict[str, Any]) -> str:
+    model = value["model"]
+    if "assumed" in value:
+        return f"weights {model['weights']}, clip {model['clip']}"
+    return f"weights {model['weights']} of step {model['step']}"
 
 
 def _row(term: dict[str, Any]) -> list[str]:
@@ -188,7 +207,7 @@ def _row(term: dict[str, Any]) -> list[str]:
 def run(options: Evaluate) -> dict[str, Any]:
     """`nelbo evaluate`: open, measure, write, print."""
     device = device_of(options.device)
-    stored = open_run(options.run, options.checkpoint, device)
+    stored, options = opened(options, device)
     request = request_of(options)
     found = _weigh(stored.subject, request, device)
     (result,) = measure(stored.subject, [stored.subject.model], request)
@@ -200,7 +219,7 @@ def run(options: Evaluate) -> dict[str, Any]:
 def request_of(options: Evaluate) -> Request:
     """What the options ask for."""
     return Request(
-        options.split,
+        options.split or "test",
         options.calls,
         options.seed,
         options.batch,

@@ -152,11 +152,13 @@ def curve_of(stored: Stored, fit: Fit) -> Curve:
     name = f"curve-step{stored.step:08d}-seed{fit.seed}-fit{len(rows)}"
     path = stored.directory.evaluation / f"{name}.npz"
     mark = fingerprint(subject, rows)
-    found = _read(path, mark, subject, len(rows))
+    found = _read(path, mark, subject, len(rows)) if stored.keeps else None
     if found is not None:
         return found.smoothed()
     measured = measure(subject, rows, fit)
-    path.parent.mkdir(exist_ok=True)
+    if not stored.keeps:
+        return measured.smoothed()
+    path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {field: getattr(measured, field).numpy() for field in ARRAYS}
     save_arrays(path, {**arrays, "mark": np.array(mark)})
     return measured.smoothed()

@@ -21,7 +21,13 @@ from nelbo.recipes.recipe import Subject
 from nelbo.reverse import Reverse
 from nelbo.samplers import DDIM, Ancestral, Sampler, sample
 from nelbo.walks import fitting
-from nelbo.walks.stored import Stored, device_of, open_run, save_arrays
+from nelbo.walks.stored import (
+    Stored,
+    assumptions,
+    device_of,
+    open_checkpoint,
+    save_arrays,
+)
 
 STRIP = 9
 """States of a strip."""
@@ -101,6 +107,8 @@ def write(
     """Write samples.npz with real data beside it, strip.npz and two pictures into a folder."""
     dataset = stored.subject.dataset
     folder.mkdir(parents=True, exist_ok=True)
+    if not len(dataset.test):
+        return _write_alone(folder, samples, dataset.levels)
     real = dataset.test[: len(samples)]
     process = stored.subject.model.cpu().process
     marks = sorted(len(times) - 1 - k for k in _marks(len(times)))
@@ -119,6 +127,13 @@ def write(
     return {"picture": str(folder / "samples.png"), "array": str(folder / "samples.npz")}
 
 
+def _write_alone(folder: Path, samples: Tensor, levels: int | None) -> dict[str, Any]:
+    """The samples of a checkpoint that came without data to put beside them."""
+    save_arrays(folder / "samples.npz", {"samples": samples.numpy()})
+    save_grid(folder / "samples.png", samples[:100].numpy(), levels)
+    return {"picture": str(folder / "samples.png"), "array": str(folder / "samples.npz")}
+
+
 def _stills(dataset: Dataset, walk: Tensor) -> Tensor:
     """(k, m, *shape) on the scale of pictures; m sequences of levels as one (k, 1, m, D)."""
     scaled = 2 * walk - 1 if dataset.binary else walk
@@ -129,7 +144,7 @@ def _stills(dataset: Dataset, walk: Tensor) -> Tensor:
 def run(options: Sample) -> None:
     """`nelbo sample`: open, draw, write, print where."""
     device = device_of(options.device)
-    stored = open_run(options.run, options.checkpoint, device)
+    stored = open_checkpoint(options, device)
     subject = stored.subject
     model, times = fitting.sampled(stored, options, device)
     sampler = sampler_of(options.sampler, options.eta)
@@ -138,6 +153,8 @@ def run(options: Sample) -> None:
             "--sampler ddim moves along the noise of Gaussian diffusion, which this run has not: "
             "take --sampler ancestral"
         )
+    name = f"{options.sampler}-step{stored.step:08d}-{fitting.words(options, len(times))}"
+    folder = folder_of(options, stored, name)
     samples, strip = draw(
         subject,
         model,
@@ -148,12 +165,23 @@ def run(options: Sample) -> None:
         device,
         options.quiet,
     )
-    name = f"{options.sampler}-step{stored.step:08d}-{fitting.words(options, len(times))}"
-    folder = options.out or stored.directory.samples / name
-    if options.out is not None and folder.exists():
-        raise UsageError(f"{folder} exists, and nothing in it is overwritten: name another --out")
     paths = write(stored, folder, samples, strip, times, options.seed)
     about = {"schema": 1, "n": len(samples), "sampler": options.sampler, "grid": len(times)}
     chain = {"kept": options.grid, "variance": options.variance}
-    value = {**about, **chain, "seed": options.seed, "step": stored.step, **paths}
-    print(json.dumps(value) if options.json else "\n".join(paths.values()))
+    known = {} if stored.assumed is None else {"assumed": stored.assumed}
+    value = {**about, **chain, "seed": options.seed, "step": stored.step, **paths, **known}
+    lines = [*paths.values(), *([assumptions(stored.assumed)] if stored.assumed else [])]
+    print(json.dumps(value) if options.json else "\n".join(lines))
+
+
+def folder_of(options: Sample, stored: Stored, name: str) -> Path:
+    """Where samples go: --out, the run, or ./samples for a checkpoint of another code base.
+
+    Raises:
+        UsageError: it exists, and is not a run's own.
+    """
+    run = stored.assumed is None
+    folder = options.out or (stored.directory.samples if run else Path("samples")) / name
+    if folder.exists() and not (run and options.out is None):
+        raise UsageError(f"{folder} exists, and nothing in it is overwritten: name another --out")
+    return folder

@@ -25,7 +25,7 @@ from nelbo.files import write_json_atomic
 from nelbo.subsets import Subsets, even
 from nelbo.variances import Posterior
 from nelbo.walks import fitting
-from nelbo.walks.stored import Stored, device_of, open_run
+from nelbo.walks.stored import Stored, assumptions, device_of, opened
 
 OPTION = "--steps"
 Combination = tuple[int, str, str]
@@ -87,7 +87,7 @@ def run(options: Evaluate) -> dict[str, Any]:
         raise UsageError("--steps measures every step of short grids: leave out --calls and such")
     asked_for = combinations(options)
     device = device_of(options.device)
-    stored = open_run(options.run, options.checkpoint, device)
+    stored, options = opened(options, device)
     sizes, grids, names = (sorted({c[k] for c in asked_for}) for k in range(3))
     fitting.check(stored.subject, sizes, grids, names)  # type: ignore[arg-type]
     fitted = None
@@ -95,10 +95,14 @@ def run(options: Evaluate) -> dict[str, Any]:
         fit = fitting.Fit(options.fit, options.seed, options.batch, device, options.quiet)
         fitted = fitting.curve_of(stored, fit)
     value = document(stored, options, asked_for, fitted, device)
-    folder = stored.directory.evaluation
-    folder.mkdir(exist_ok=True)
-    write_json_atomic(folder / f"{name_of(stored, options)}.json", value)
-    print(json.dumps(value, indent=1) if options.json else lines(value))
+    if stored.assumed is not None:
+        value["assumed"] = stored.assumed
+    if stored.keeps:
+        folder = stored.directory.evaluation
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(folder / f"{name_of(stored, options)}.json", value)
+    text = lines(value) + (f"\n\n{assumptions(stored.assumed)}" if stored.assumed else "")
+    print(json.dumps(value, indent=1) if options.json else text)
     return value
 
 
@@ -165,6 +169,7 @@ def _measured(
 ) -> dict[str, Any]:
     size, grid, name = what
     dataset, dims = stored.subject.dataset, stored.subject.dataset.dims
+    assert options.split is not None
     model, times = fitting.chain(stored.subject, kept, name, fitted, device)
     with console.Meter(f"{size} latents, {grid}, {name}", 1, "calls", options.quiet) as meter:
         result = evaluate(

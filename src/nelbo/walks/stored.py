@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from nelbo import checkpoint, console
+from nelbo.commands import Elsewhere, Evaluate, Sample
 from nelbo.errors import InputRefused, UsageError
 from nelbo.files import exhausted, hidden
+from nelbo.interop.foreign import Assumptions
+from nelbo.recipes import foreign
 from nelbo.recipes.build import build
 from nelbo.recipes.options import Options, restored
 from nelbo.recipes.recipe import Recipe, Subject
@@ -23,12 +27,24 @@ PLAYER = "model"
 
 @dataclass(frozen=True)
 class Stored:
-    """An opened run: the subject's model holds the averaged weights of `step`."""
+    """An opened run: the subject's model holds the averaged weights of `step`.
+
+    Arguments:
+        assumed: what was assumed of a checkpoint of another code base; None for a run.
+        keeps: whether figures are written to the directory, or printed alone.
+    """
 
     directory: RunDirectory
     subject: Subject
     step: int
     info: dict[str, Any]
+    assumed: dict[str, str] | None = None
+    keeps: bool = True
+
+    @property
+    def part(self) -> Literal["test", "all"]:
+        """The part of the data that is measured unless another one is asked for."""
+        return "test" if self.assumed is None else "all"
 
 
 def device_of(name: str) -> str:
@@ -83,6 +99,73 @@ def open_run(path: Path, which: str = "newest", device: str = "cpu") -> Stored:
     recipe.model.load_state_dict(state)
     recipe.model.to(device).eval()
     return Stored(directory, recipe, step, loaded.info)
+
+
+def open_checkpoint(options: Evaluate | Sample, device: str) -> Stored:
+    """A run, or a checkpoint of another code base, whichever the path holds.
+
+    Raises:
+        UsageError: options that fit the other kind only, or an --out that exists.
+    """
+    if foreign.is_foreign(options.run):
+        return _open_foreign(options, device)
+    given = [name for name in ("data", "size") if getattr(options, name, None) is not None]
+    given += ["out"] if isinstance(options, Evaluate) and options.out is not None else []
+    given += [k for k, v in vars(options.elsewhere).items() if v != getattr(Elsewhere(), k)]
+    if given and options.run.exists():
+        raise UsageError(
+            f"--{given[0].replace('_', '-')} is for checkpoints of other code bases; "
+            f"{options.run} is none: a run is measured on its own data"
+        )
+    return open_run(options.run, options.checkpoint, device)
+
+
+def opened(options: Evaluate, device: str) -> tuple[Stored, Evaluate]:
+    """What `open_checkpoint` gives, and the options with the part of the data that is meant."""
+    stored = open_checkpoint(options, device)
+    return stored, dataclasses.replace(options, split=options.split or stored.part)
+
+
+def opened_beside(options: Evaluate, path: Path, which: str, device: str) -> Stored:
+    """Another run, or checkpoint of another code base, on the data of `options`."""
+    there = dataclasses.replace(options, run=path, checkpoint=which, out=None)
+    if not foreign.is_foreign(path):
+        there = dataclasses.replace(there, data=None, size=None, elsewhere=Elsewhere())
+    return open_checkpoint(there, device)
+
+
+def _open_foreign(options: Evaluate | Sample, device: str) -> Stored:
+    if options.checkpoint != "newest":
+        raise UsageError(f"{options.run} holds one set of weights: leave out --checkpoint")
+    said, data, size = options.elsewhere, None, None
+    if isinstance(options, Evaluate):
+        data, size = options.data, options.size
+        if data is None:
+            raise UsageError(f"{options.run} holds no data to measure it on: add --data PATH")
+        if options.out is not None and options.out.exists():
+            raise UsageError(f"{options.out} exists, and is not overwritten: name another --out")
+    checkpoint = foreign.Checkpoint(
+        path=options.run,
+        assumptions=Assumptions(
+            scaling=said.scaling,
+            levels=said.levels,
+            edge=said.edge,
+            clip=said.clip,
+            label=said.label,
+        ),
+        trust_pickle=said.trust_pickle,
+        flags=said.flags,
+    )
+    subject, assumed = foreign.subject(checkpoint, data, size)
+    subject.model.to(device).eval()
+    directory = RunDirectory(options.run if options.out is None else options.out)
+    return Stored(directory, subject, 0, {}, assumed, options.out is not None)
+
+
+def assumptions(assumed: dict[str, str]) -> str:
+    """What was assumed, one line each."""
+    rows = [f"  {name:9}{text}" for name, text in assumed.items()]
+    return console.clean("\n".join(["assumed, since the files do not say:", *rows]))
 
 
 def _choose(directory: RunDirectory, which: str) -> tuple[int, checkpoint.Loaded]:
