@@ -73,12 +73,15 @@ class Sample:
     """Standard deviation of the noise of --denoise, in its own units (picture: of 255)."""
     particles: int = 32
     """Weighted particles behind each draw under a condition; more are nearer to the truth."""
-    sampler: Literal["ancestral", "ddim"] = "ancestral"
-    """ancestral: the model that the bound speaks of. ddim: another one."""
+    sampler: Literal["ancestral", "ddim", "dpmpp", "heun"] = "ancestral"
+    """ancestral: the model that the bound speaks of. The others follow its probability flow:
+    ddim first order; dpmpp (DPM-Solver++ 2M) and heun (two calls per step) second order."""
     eta: float = 0.0
     """DDIM's noise, 0 deterministic to 1."""
     steps: int | None = None
     """Latents to walk over; the model's own grid by default."""
+    spacing: Literal["time", "logsnr"] = "time"
+    """How --steps are spread; solvers want logsnr. A chain keeps to its own times."""
     out: Path | None = None
     """Folder for the picture and the array; RUN/samples/NAME by default."""
     checkpoint: str = "newest"

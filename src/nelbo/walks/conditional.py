@@ -58,11 +58,12 @@ def run(options: Sample) -> None:
     device = device_of(options.device)
     stored = open_run(options.run, options.checkpoint, device)
     condition = condition_of(options, stored.subject.dataset)
-    times = grid_of(stored.subject, options.steps)
+    times = grid_of(stored.subject, options.steps, options.spacing)
     found = draw(stored, condition, times, options, device)
     hole = f"-hole{options.hole}" if options.hole else ""
     what = f"{condition.kind}-{source(options).stem}{hole}"
-    name = f"{what}-step{stored.step:08d}-grid{len(times)}-seed{options.seed}"
+    even = "" if options.spacing == "time" else f"-{options.spacing}"
+    name = f"{what}-step{stored.step:08d}-grid{len(times)}{even}-seed{options.seed}"
     folder = options.out or stored.directory.samples / name
     paths = write(folder, stored.subject.dataset, condition, found, options.seed)
     value = summary(found, condition)

@@ -19,7 +19,9 @@ from nelbo.processes.gaussian import Gaussian
 from nelbo.randomness import seeded
 from nelbo.recipes.recipe import Subject
 from nelbo.reverse import Reverse
-from nelbo.samplers import DDIM, Ancestral, Sampler, sample
+from nelbo.samplers import Ancestral, Sampler, sample
+from nelbo.solvers import sampler_named
+from nelbo.spacing import even_logsnr
 from nelbo.walks.stored import Stored, device_of, open_run, save_arrays
 
 STRIP = 9
@@ -28,22 +30,24 @@ STRIP = 9
 
 def sampler_of(name: str, eta: float) -> Sampler:
     """The sampler that --sampler names."""
-    if name == "ddim":
-        return DDIM(eta)
-    return Ancestral()
+    return Ancestral() if name == "ancestral" else sampler_named(name, eta)
 
 
-def grid_of(subject: Subject, steps: int | None) -> Tensor:
-    """The model's own grid, or `steps` of its times.
+def grid_of(subject: Subject, steps: int | None, spacing: str = "time") -> Tensor:
+    """The model's own grid, or `steps` times even in time or in log-SNR (a chain's own times).
 
     Raises:
         UsageError: more steps than the model has.
     """
-    if steps is None or steps == len(subject.times):
+    steps = len(subject.times) if steps is None else steps
+    if steps == len(subject.times) and spacing == "time":
         return subject.times
     if not 1 <= steps <= len(subject.times):
         raise UsageError(f"--steps {steps}: this model has a grid of {len(subject.times)}")
-    return subject.model.process.schedule.grid(steps)
+    schedule = subject.model.process.schedule
+    if spacing == "logsnr":
+        return even_logsnr(schedule, subject.times, steps)
+    return schedule.grid(steps)
 
 
 def draw(
@@ -143,12 +147,12 @@ def run(options: Sample) -> None:
     device = device_of(options.device)
     stored = open_run(options.run, options.checkpoint, device)
     subject = stored.subject
-    times = grid_of(subject, options.steps)
+    times = grid_of(subject, options.steps, options.spacing)
     sampler = sampler_of(options.sampler, options.eta)
-    if isinstance(sampler, DDIM) and not isinstance(subject.model.process, Gaussian):
+    if options.sampler != "ancestral" and not isinstance(subject.model.process, Gaussian):
         raise UsageError(
-            "--sampler ddim moves along the noise of Gaussian diffusion, which this run has not: "
-            "take --sampler ancestral"
+            f"--sampler {options.sampler} moves along the noise of Gaussian diffusion, which this "
+            "run has not: take --sampler ancestral"
         )
     samples, strip = draw(
         subject,
@@ -160,7 +164,8 @@ def run(options: Sample) -> None:
         device,
         options.quiet,
     )
-    name = f"{options.sampler}-step{stored.step:08d}-grid{len(times)}-seed{options.seed}"
+    even = "" if options.spacing == "time" else f"-{options.spacing}"
+    name = f"{options.sampler}-step{stored.step:08d}-grid{len(times)}{even}-seed{options.seed}"
     folder = options.out or stored.directory.samples / name
     if options.out is not None and folder.exists():
         raise UsageError(f"{folder} exists, and nothing in it is overwritten: name another --out")
