@@ -98,6 +98,7 @@ _FLOORS = {
     "evaluation": (4, 2),
     "likelihood": (4, 0),
     "flow": (4, 0),
+    "odelikelihood": (4, 1),
     "derivation": (4, 0),
     "trainer": (4, 0),
     "interop": (4, 0),

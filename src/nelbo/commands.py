@@ -39,6 +39,17 @@ class Evaluate:
     """Only the first so many examples."""
     checkpoint: str = "newest"
     """newest, best (by validation bound), or a step."""
+    ode: bool = False
+    """Instead of the bound the likelihood of the probability-flow ODE, which is another model."""
+    tolerance: float = 1e-5
+    """Of --ode: the error allowed in a step, per dimension."""
+    probes: Literal["exact"] | int | None = None
+    """Of --ode: Hutchinson probes of the divergence, or exact (default up to 100 dimensions, 2
+    probes above)."""
+    dequantise: Literal["none", "uniform", "variational"] | None = None
+    """Of --ode: how data get to the first latent; variational, or none for real vectors."""
+    draws: int | None = None
+    """Of --ode: draws per example of the noise that --dequantise adds; 2, or none."""
     seed: int = 0
     """Of the noise and the times."""
     batch: int = 512

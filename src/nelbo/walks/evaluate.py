@@ -22,7 +22,7 @@ from nelbo.likelihood import ImportanceWeighted
 from nelbo.processes.gaussian import Gaussian
 from nelbo.recipes.recipe import Subject
 from nelbo.reverse import Reverse
-from nelbo.walks import comparison, weighted
+from nelbo.walks import comparison, flow, weighted
 from nelbo.walks.stored import Stored, device_of, open_run, save_arrays
 
 FITTED, MOST_DIMS = 20_000, 4096
@@ -225,6 +225,8 @@ def _row(term: dict[str, Any]) -> list[str]:
 
 def run(options: Evaluate) -> dict[str, Any]:
     """`nelbo evaluate`: open, measure, write, print."""
+    if flow.asked(options):
+        return flow.run(options)
     device = device_of(options.device)
     stored = open_run(options.run, options.checkpoint, device)
     request = request_of(options)
