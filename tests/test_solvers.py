@@ -10,6 +10,8 @@ from goldens import build, load, schedule
 from oracles import GaussianData, exact_model, ring
 from torch import Tensor
 
+from nelbo.errors import UsageError
+from nelbo.parameterizations import Epsilon
 from nelbo.processes.bernoulli import Bernoulli
 from nelbo.reverse import Reverse
 from nelbo.samplers import DDIM, Sampler, sample
@@ -17,6 +19,7 @@ from nelbo.schedules import Cosine, Harmonic, Linear, LogSNRLinear, Schedule
 from nelbo.solvers import DPMSolverPP, Heun
 from nelbo.spacing import Interpolated, even_logsnr, time_at
 from nelbo.variances import Posterior
+from nelbo.walks.sample import _check_flow
 
 RUNS = load("solver")["runs"].tolist()
 
@@ -176,6 +179,15 @@ def test_a_last_keep_of_zero_is_a_first_order_start(sampler: Sampler) -> None:
     first, _ = DDIM().step(model, x, times[-1], times[-2], None)
     torch.testing.assert_close(states[1], first, rtol=1e-12, atol=1e-12)
     assert all(bool(state.isfinite().all()) for state in states)
+
+
+def test_predicted_noise_cannot_start_at_a_keep_of_zero() -> None:
+    model = exact_model(GaussianData([0.5], [[0.49]]), Harmonic(5), Posterior())
+    _check_flow("heun", model, Harmonic(5).grid())
+    model.parameterization = Epsilon()
+    _check_flow("heun", model, Harmonic(5).grid()[:-1])
+    with pytest.raises(UsageError, match="keep = 0"):
+        _check_flow("heun", model, Harmonic(5).grid())
 
 
 @pytest.mark.parametrize("sampler", [DPMSolverPP(), Heun()])

@@ -14,6 +14,7 @@ from nelbo import console
 from nelbo.commands import Sample
 from nelbo.data.base import Dataset
 from nelbo.errors import UsageError
+from nelbo.parameterizations import Epsilon
 from nelbo.pictures import save_grid
 from nelbo.processes.gaussian import Gaussian
 from nelbo.randomness import seeded
@@ -142,6 +143,22 @@ def _stills(dataset: Dataset, walk: Tensor) -> Tensor:
     return scaled[:, None] if sequences else scaled
 
 
+def _check_flow(name: str, model: Reverse, times: Tensor) -> None:
+    """Refuse a sampler that follows the probability flow where there is none."""
+    if not isinstance(model.process, Gaussian):
+        raise UsageError(
+            f"--sampler {name} moves along the noise of Gaussian diffusion, which this run has "
+            "not: take --sampler ancestral"
+        )
+    if float(model.process.schedule.keep(times[-1])) == 0 and isinstance(
+        model.parameterization, Epsilon
+    ):
+        raise UsageError(
+            f"--sampler {name}: the last step of this chain keeps nothing of the data (keep = 0), "
+            "so that predicted noise says nothing about it; train with --predict x0 or velocity"
+        )
+
+
 def run(options: Sample) -> None:
     """`nelbo sample`: open, draw, write, print where."""
     device = device_of(options.device)
@@ -149,11 +166,8 @@ def run(options: Sample) -> None:
     subject = stored.subject
     times = grid_of(subject, options.steps, options.spacing)
     sampler = sampler_of(options.sampler, options.eta)
-    if options.sampler != "ancestral" and not isinstance(subject.model.process, Gaussian):
-        raise UsageError(
-            f"--sampler {options.sampler} moves along the noise of Gaussian diffusion, which this "
-            "run has not: take --sampler ancestral"
-        )
+    if options.sampler != "ancestral":
+        _check_flow(options.sampler, subject.model, times)
     samples, strip = draw(
         subject,
         subject.model,
