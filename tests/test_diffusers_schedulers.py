@@ -103,25 +103,26 @@ def test_ddpm(name: str, kind: str, large: bool, clip: bool) -> None:
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("eta", "clipped"), [(0.0, False), (0.0, True), (0.7, True)])
-def test_ddim(name: str, kind: str, eta: float, clipped: bool) -> None:
+@pytest.mark.parametrize("again", [True, False])
+def test_ddim(name: str, kind: str, eta: float, clipped: bool, again: bool) -> None:
     """Both forms of the noise, deterministic and not, strided and to the data."""
     q = SCHEDULES[name](1000)
     theirs = scheduler("DDIMScheduler", q, kind, clip_sample=clipped)
     theirs.set_timesteps(25)
-    model, ddim = model_of(q, kind, False, clipped), DDIM(eta, clipped_noise=True)
+    model, ddim = model_of(q, kind, False, clipped), DDIM(eta, clipped_noise=again)
     for i in theirs.timesteps.tolist():
         x, t = start(i), q.times([i])[0]
         output = model.network(x, t)
         noise = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(3))
         if i < 40:
             ours = ddim.finish(model, x, t, None)
-            got = theirs.step(output, i, x, eta=0.0, use_clipped_model_output=True)
+            got = theirs.step(output, i, x, eta=0.0, use_clipped_model_output=again)
         else:
             mean, sigma = ddim.mean_and_sigma(model, x, t, q.times([i - 40])[0])
             ours = mean + sigma * noise
             generator = torch.Generator().manual_seed(3)
             got = theirs.step(
-                output, i, x, eta=eta, use_clipped_model_output=True, generator=generator
+                output, i, x, eta=eta, use_clipped_model_output=again, generator=generator
             )
         assert_same(ours, got.prev_sample, f"{name} {kind} {i}")
 
