@@ -78,11 +78,11 @@ def _about(kind: type) -> str:
 def evaluate(arguments: list[str]) -> int:
     """Measure the bound of a run's model on its data."""
     options = _parse("Evaluate", arguments)
-    from nelbo.walks import against, steps
+    from nelbo.walks import against, flow, steps
     from nelbo.walks import evaluate as plain
 
     _threads(options.threads)
-    asked = [walk for walk in (against, steps) if walk.asked(options)]
+    asked = [walk for walk in (against, steps, flow) if walk.asked(options)]
     if len(asked) > 1:
         names = " and ".join(walk.OPTION for walk in asked)
         raise UsageError(f"{names} are measurements of their own: ask for one at a time")

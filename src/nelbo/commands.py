@@ -70,14 +70,26 @@ class Evaluate:
     """Only the first so many examples."""
     checkpoint: str = "newest"
     """newest, best (by validation bound), or a step."""
+    ode: bool = False
+    """Instead of the bound the likelihood of the probability-flow ODE, which is another model."""
+    tolerance: float = 1e-5
+    """Of --ode: the error allowed in a step, per dimension."""
+    probes: Literal["exact"] | int | None = None
+    """Of --ode: Hutchinson probes of the divergence, or exact (default up to 100 dimensions, 2
+    probes above)."""
+    dequantise: Literal["none", "uniform", "variational"] | None = None
+    """Of --ode: how data get to the first latent; variational, or none for real vectors."""
+    draws: int | None = None
+    """Of --ode: draws per example of the noise that --dequantise adds; 2, or none."""
     seed: int = 0
     """Of the noise and the times."""
     batch: int = 512
     """Examples per network call; changes no figure."""
     steps: str | None = None
     """Table of the bound on grids of so many latents, as 10,25,50,100."""
-    grid: Literal["even", "optimal", "both"] = "even"
-    """With --steps, which latents stay: at even distance, or those that cost least."""
+    grid: Literal["even", "logsnr", "optimal", "both"] = "even"
+    """With --steps, which latents stay: at even distance in time or in log-SNR, or those that cost
+    least; both: even and optimal."""
     variance: str = "model"
     """With --steps, of the reverse steps: model, posterior, transition, optimal, or several of
     them with commas."""
@@ -121,14 +133,16 @@ class Sample:
     """Standard deviation of the noise of --denoise, in its own units (picture: of 255)."""
     particles: int = 32
     """Weighted particles behind each draw under a condition; more are nearer to the truth."""
-    sampler: Literal["ancestral", "ddim"] = "ancestral"
-    """ancestral: the model that the bound speaks of. ddim: another one."""
+    sampler: Literal["ancestral", "ddim", "dpmpp", "heun"] = "ancestral"
+    """ancestral: the model that the bound speaks of. The others follow its probability flow:
+    ddim first order; dpmpp (DPM-Solver++ 2M) and heun (two calls per step) second order."""
     eta: float = 0.0
     """DDIM's noise, 0 deterministic to 1."""
     steps: int | None = None
     """Latents to walk over; the model's own grid by default."""
-    grid: Literal["even", "optimal"] = "even"
-    """With --steps, which latents stay: at even distance, or those that cost least."""
+    grid: Literal["even", "logsnr", "optimal"] = "even"
+    """With --steps, which latents stay: at even distance in time or in log-SNR (which solvers
+    want), or those that cost least."""
     variance: Literal["model", "posterior", "transition", "optimal"] = "model"
     """Of the reverse steps: the model's own, or another (--sampler ancestral)."""
     fit: int = 128

@@ -26,6 +26,7 @@ from nelbo.errors import UsageError
 from nelbo.parameterizations import GaussianParameterization, with_variance
 from nelbo.recipes.recipe import Subject
 from nelbo.reverse import Reverse, gaussian_process, strided
+from nelbo.spacing import even_logsnr
 from nelbo.subsets import even
 from nelbo.variances import Posterior, Transition, Variance
 from nelbo.walks.stored import Stored, save_arrays
@@ -63,10 +64,10 @@ def check(subject: Subject, sizes: list[int], grids: list[str], variances: list[
         raise UsageError("--steps 1: the decoder's variance follows a pair; keep 2 or more")
     if isinstance(model.parameterization, Flip) and any(size != count for size in sizes):
         raise UsageError("--steps: --predict flip knows the steps of its own chain only")
-    if not gaussian(model) and (grids != ["even"] or variances != ["model"]):
+    if not gaussian(model) and ("optimal" in grids or variances != ["model"]):
         raise UsageError(
-            "--grid optimal and --variance are for Gaussian models: take --grid even and leave "
-            "--variance out"
+            "--grid optimal and --variance are for Gaussian models: take another --grid and "
+            "leave --variance out"
         )
     if "optimal" in grids and "model" in variances and learned(model):
         raise UsageError(
@@ -121,12 +122,19 @@ def sampled(stored: Stored, options: Sample, device: str) -> tuple[Reverse, Tens
     fit = Fit(options.fit, device=device, quiet=options.quiet)
     wanted = "optimal" in (options.grid, options.variance)
     fitted = curve_of(stored, fit) if wanted else None
-    kept = even(count, size)
+    kept = spread(subject, options.grid, size)
     if options.grid == "optimal":
         variance = rule(subject.model, options.variance, fitted)
         assert fitted is not None and variance is not None
         kept = fitted.subsets(variance, size).best(size)
     return chain(subject, kept, options.variance, fitted, device)
+
+
+def spread(subject: Subject, grid: str, size: int) -> Tensor:
+    """Places of the model's grid (size,) at even distance in time, or in log-SNR."""
+    if grid != "logsnr":
+        return even(len(subject.times), size)
+    return even_logsnr(subject.model.process.schedule, subject.times, size)
 
 
 def words(options: Sample, count: int) -> str:

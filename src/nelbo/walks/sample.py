@@ -14,12 +14,14 @@ from nelbo import console
 from nelbo.commands import Sample
 from nelbo.data.base import Dataset
 from nelbo.errors import UsageError
+from nelbo.parameterizations import Epsilon
 from nelbo.pictures import save_grid
 from nelbo.processes.gaussian import Gaussian
 from nelbo.randomness import seeded
 from nelbo.recipes.recipe import Subject
 from nelbo.reverse import Reverse
-from nelbo.samplers import DDIM, Ancestral, Sampler, sample
+from nelbo.samplers import Ancestral, Sampler, sample
+from nelbo.solvers import sampler_named
 from nelbo.walks import fitting
 from nelbo.walks.stored import (
     Stored,
@@ -35,9 +37,7 @@ STRIP = 9
 
 def sampler_of(name: str, eta: float) -> Sampler:
     """The sampler that --sampler names."""
-    if name == "ddim":
-        return DDIM(eta)
-    return Ancestral()
+    return Ancestral() if name == "ancestral" else sampler_named(name, eta)
 
 
 def draw(
@@ -141,6 +141,22 @@ def _stills(dataset: Dataset, walk: Tensor) -> Tensor:
     return scaled[:, None] if sequences else scaled
 
 
+def _check_flow(name: str, model: Reverse, times: Tensor) -> None:
+    """Refuse a sampler that follows the probability flow where there is none."""
+    if not isinstance(model.process, Gaussian):
+        raise UsageError(
+            f"--sampler {name} moves along the noise of Gaussian diffusion, which this run has "
+            "not: take --sampler ancestral"
+        )
+    if float(model.process.schedule.keep(times[-1])) == 0 and isinstance(
+        model.parameterization, Epsilon
+    ):
+        raise UsageError(
+            f"--sampler {name}: the last step of this chain keeps nothing of the data (keep = 0), "
+            "so that predicted noise says nothing about it; train with --predict x0 or velocity"
+        )
+
+
 def run(options: Sample) -> None:
     """`nelbo sample`: open, draw, write, print where."""
     device = device_of(options.device)
@@ -148,11 +164,8 @@ def run(options: Sample) -> None:
     subject = stored.subject
     model, times = fitting.sampled(stored, options, device)
     sampler = sampler_of(options.sampler, options.eta)
-    if isinstance(sampler, DDIM) and not isinstance(subject.model.process, Gaussian):
-        raise UsageError(
-            "--sampler ddim moves along the noise of Gaussian diffusion, which this run has not: "
-            "take --sampler ancestral"
-        )
+    if options.sampler != "ancestral":
+        _check_flow(options.sampler, subject.model, times)
     name = f"{options.sampler}-step{stored.step:08d}-{fitting.words(options, len(times))}"
     folder = folder_of(options, stored, name)
     samples, strip = draw(

@@ -22,7 +22,8 @@ from nelbo.errors import UsageError
 from nelbo.estimate import Estimate
 from nelbo.evaluation import evaluate
 from nelbo.files import write_json_atomic
-from nelbo.subsets import Subsets, even
+from nelbo.recipes.recipe import Subject
+from nelbo.subsets import Subsets
 from nelbo.variances import Posterior
 from nelbo.walks import fitting
 from nelbo.walks.stored import Stored, assumptions, device_of, opened
@@ -125,7 +126,7 @@ def document(
 ) -> dict[str, Any]:
     """The JSON document (schema 1)."""
     subject, dataset = stored.subject, stored.subject.dataset
-    chosen = grids(subject.model, asked_for, fitted, len(subject.times))
+    chosen = grids(subject, asked_for, fitted)
     found = [_measured(stored, options, c, chosen[c], fitted, device) for c in asked_for]
     names = list(dict.fromkeys(c[2] for c in asked_for))
     return {
@@ -147,16 +148,19 @@ def document(
 
 
 def grids(
-    model: Any, asked_for: list[Combination], fitted: Curve | None, count: int
+    subject: Subject, asked_for: list[Combination], fitted: Curve | None
 ) -> dict[Combination, Tensor]:
     """The places that stay, for every combination; one search serves all sizes."""
     found: dict[str, Subsets] = {}
     most = max(c[0] for c in asked_for)
     for name in {c[2] for c in asked_for if c[1] == "optimal"}:
-        variance = fitting.rule(model, name, fitted)
+        variance = fitting.rule(subject.model, name, fitted)
         assert fitted is not None and variance is not None
         found[name] = fitted.subsets(variance, most)
-    return {c: even(count, c[0]) if c[1] == "even" else found[c[2]].best(c[0]) for c in asked_for}
+    return {
+        c: found[c[2]].best(c[0]) if c[1] == "optimal" else fitting.spread(subject, c[1], c[0])
+        for c in asked_for
+    }
 
 
 def _measured(
@@ -178,7 +182,7 @@ def _measured(
             times,
             encode=dataset.encode,
             # uneven steps are no smooth sequence from whose roughness noise could be told
-            replicates=2 if grid == "optimal" else None,
+            replicates=None if grid == "even" else 2,
             batch=options.batch,
             seed=options.seed,
             offset=dataset.offset(),
