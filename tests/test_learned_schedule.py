@@ -109,8 +109,9 @@ def test_the_network_is_told_the_noise_and_not_the_time() -> None:
     torch.testing.assert_close(told(x, t), timed(x, t), rtol=1e-6, atol=1e-4)
     moved = bent()
     told.held[0] = moved
-    expected = (1000 * (6 - moved.logsnr(t)) / 10).float()[:, None]
-    assert torch.equal(told(x, t), expected) and float((expected - timed(x, t)).abs().max()) > 50
+    expected = (1000 * (6 - moved.logsnr(t)) / 10).float()[:, None].detach()
+    assert torch.equal(told(x, t), expected)
+    assert float((expected - timed(x, t)).abs().max()) > 50
     assert list(told.parameters()) == []
 
 
@@ -129,30 +130,30 @@ def test_an_average_keeps_its_own_schedule() -> None:
 MIXTURE = MixtureData([[-0.8], [0.9]], 0.3, torch.tensor([0.3, 0.7]).double())
 
 
-def integral(schedule: Schedule, x_0: float, times: Tensor, pieces: int = 4000) -> float:
+def integral(schedule: Schedule, x_0: float, times: Tensor, pieces: int = 3200) -> float:
     """E of the objective's part between t_1 and t_N, by quadrature over t and the noise."""
     objective = Continuous(times, decoder=0.5)
     model = exact_model(MIXTURE, schedule, Posterior())
-    z, w = hermite(40)
+    z, w = hermite(80)
     u = (torch.arange(pieces, dtype=torch.float64) + 0.5) / pieces
     t = times[0] + (times[-1] - times[0]) * u
     index = torch.searchsorted(times, t).clamp(min=1)
-    x = torch.full((len(t) * 40, 1), x_0, dtype=torch.float64)
-    law = model.process.marginal(x, t.repeat_interleave(40))
+    x = torch.full((len(t) * 80, 1), x_0, dtype=torch.float64)
+    law = model.process.marginal(x, t.repeat_interleave(80))
     at = model.at(
-        law.mean + law.variance.sqrt() * z.repeat(len(t))[:, None], t.repeat_interleave(40)
+        law.mean + law.variance.sqrt() * z.repeat(len(t))[:, None], t.repeat_interleave(80)
     )
     with torch.no_grad():
-        part = objective.part(at, x, index.repeat_interleave(40)).view(len(t), 40) @ w
+        part = objective.part(at, x, index.repeat_interleave(80)).view(len(t), 80) @ w
     share = objective.probabilities[1:].sum()
     return float((part / (objective.probabilities[index] / share)).mean())
 
 
 def exact_rest(schedule: Schedule, x_0: float) -> float:
     """KL(q(x_N|x_0)‖q(x_N)) + E[−log q(x_0|x_1)]: prior and decoder of the exact model."""
-    z, w = hermite(60)
+    z, w = hermite(120)
     one = torch.ones((), dtype=torch.float64)
-    point = torch.full((60, 1), x_0, dtype=torch.float64)
+    point = torch.full((120, 1), x_0, dtype=torch.float64)
 
     def excess(t: Tensor) -> Tensor:
         """log q(x_t|x_0)/q(x_t) at the nodes."""
@@ -195,12 +196,12 @@ def test_it_is_the_limit_of_the_bound() -> None:
     rate = logsnr.exp() * data.mmse(logsnr)
     limit = 0.5 * float(torch.trapezoid(rate, logsnr))
     sums = {}
-    for n in (100, 200, 400):
+    for n in (200, 400):
         at = schedule.logsnr(schedule.grid(n)).flip(0)
         snr = at.exp()
         sums[n] = float((0.5 * snr.diff() * data.mmse(at)[:-1]).sum())
-    assert sums[100] > sums[200] > sums[400] > limit
-    assert (sums[100] - limit) / (sums[200] - limit) == pytest.approx(2, rel=0.02)
+    assert sums[200] > sums[400] > limit
+    assert (sums[200] - limit) / (sums[400] - limit) == pytest.approx(2, rel=0.02)
     model, objective = exact_model(data, schedule, Posterior()), Continuous(schedule.grid(2))
     torch.manual_seed(0)
     law = torch.distributions.MultivariateNormal(data.mean, data.cov)
@@ -284,7 +285,7 @@ def check_one_backward_pass() -> None:
                 prior = (
                     Continuous(other.grid(2))
                     .always(model_of(other, data).at(data.means, other.grid(2)[-1]), data.means)
-                    .repeat(40)
+                    .repeat(80)
                 )
                 part = (loss - prior) ** 2 / 2 if name == "rise" else loss
             values.append(float(part.mean()))
@@ -318,35 +319,35 @@ def closed_form(high: float, low: float, data: GaussianData) -> float:
 
 
 def test_the_end_points_follow_the_exact_bound() -> None:
-    """Mean gradients of 60 batches of 500 against differences of the closed form."""
+    """Mean gradients of 60 batches of 4000 against differences of the closed form."""
     data = GaussianData([0.5, -0.2], [[0.49, 0.3], [0.3, 1.7]])
-    schedule = LearnedLogSNR(LogSNRLinear(3.0, -2.0))
+    schedule = LearnedLogSNR(LogSNRLinear(-1.0, -3.0))
     model, objective = model_of(schedule, data), Continuous(schedule.grid(2))
     law = torch.distributions.MultivariateNormal(data.mean, data.cov)
     torch.manual_seed(0)
     found = []
     for _ in range(60):
-        loss = objective(model, law.sample((500,))).mean()
+        loss = objective(model, law.sample((4000,))).mean()
         top, fall = torch.autograd.grad(loss, [schedule.top, schedule.fall])
         # from (λ_max, fall) to (λ_max, λ_min): λ_min = λ_max − softplus(fall)
         low = -fall / torch.sigmoid(schedule.fall.detach())
         found.append(torch.stack([top - low, low]))
     values, h = torch.stack(found), 1e-4
-    high = (closed_form(3 + h, -2, data) - closed_form(3 - h, -2, data)) / (2 * h)
-    low = (closed_form(3, -2 + h, data) - closed_form(3, -2 - h, data)) / (2 * h)
+    high = (closed_form(-1 + h, -3, data) - closed_form(-1 - h, -3, data)) / (2 * h)
+    low = (closed_form(-1, -3 + h, data) - closed_form(-1, -3 - h, data)) / (2 * h)
     for column, exact in enumerate((high, low)):
         error = float(values[:, column].std()) / 60**0.5
         # 60 batch means: Student's t with 59 degrees of freedom passes 5.6 at a rate of 6e-7
         assert abs(float(values[:, column].mean()) - exact) < 5.6 * error
-        assert abs(exact) > 20 * error
+        assert abs(exact) > 12 * error
 
 
 # --- learning ------------------------------------------------------------------------------------
 
 
 def one_draw(schedule: LearnedLogSNR, data: MixtureData, n: int = 20_000) -> Tensor:
-    """(n,) losses with independent times, and noise that seed 9 holds."""
-    objective = Continuous(schedule.grid(2))
+    """(n,) integrals, each from one independent time; seed 9 holds the noise."""
+    objective = Continuous(schedule.grid(2), decoder=1e-9)
     objective.independent = True
     torch.manual_seed(9)
     with torch.no_grad():
@@ -355,7 +356,7 @@ def one_draw(schedule: LearnedLogSNR, data: MixtureData, n: int = 20_000) -> Ten
 
 def test_a_learned_shape_lowers_the_variance_and_not_the_bound() -> None:
     data = ring(8, 1.0, 0.05)
-    schedule = LearnedLogSNR(LogSNRLinear(9.0, -7.0), hold_max=True)
+    schedule = LearnedLogSNR(LogSNRLinear(6.0, -14.0), hold_max=True)
     start = copy.deepcopy(schedule)
     model = model_of(schedule, data)
     schedule.fall.requires_grad_(False)

