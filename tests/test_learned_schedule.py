@@ -285,7 +285,7 @@ def check_one_backward_pass() -> None:
                 prior = (
                     Continuous(other.grid(2))
                     .always(model_of(other, data).at(data.means, other.grid(2)[-1]), data.means)
-                    .repeat(80)
+                    .repeat(40)
                 )
                 part = (loss - prior) ** 2 / 2 if name == "rise" else loss
             values.append(float(part.mean()))
