@@ -79,20 +79,22 @@ def evaluate(arguments: list[str]) -> int:
     """Measure the bound of a run's model on its data."""
     options = _parse("Evaluate", arguments)
     from nelbo.walks import evaluate as walk
+    from nelbo.walks import progressive
 
     _threads(options.threads)
-    walk.run(options)
+    (progressive.run_evaluate if options.progressive else walk.run)(options)
     return 0
 
 
 def sample(arguments: list[str]) -> int:
     """Draw samples from a run's model, freely or under a condition."""
     options = _parse("Sample", arguments)
-    from nelbo.walks import conditional
+    from nelbo.walks import conditional, interpolate, progressive
     from nelbo.walks import sample as walk
 
     _threads(options.threads)
-    (conditional if conditional.asked(options) else walk).run(options)
+    others = (interpolate, progressive, conditional)
+    next((other for other in others if other.asked(options)), walk).run(options)
     return 0
 
 

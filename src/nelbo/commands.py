@@ -37,6 +37,8 @@ class Evaluate:
     """Part of the data."""
     limit: int | None = None
     """Only the first so many examples."""
+    progressive: bool = False
+    """Instead: rate and distortion of progressive coding, from about 64 (or --calls) calls."""
     checkpoint: str = "newest"
     """newest, best (by validation bound), or a step."""
     seed: int = 0
@@ -60,7 +62,7 @@ class Sample:
     run: tyro.conf.Positional[Path]
     """Run directory."""
     n: int | None = None
-    """How many; 64, or 8 under a condition."""
+    """How many; 64, or 8 under a condition or between two images."""
     observe: Path | None = None
     """Picture (with --mask) or .npy (NaN: unknown) to fill in, of the model's size."""
     mask: Path | None = None
@@ -79,6 +81,13 @@ class Sample:
     """DDIM's noise, 0 deterministic to 1."""
     steps: int | None = None
     """Latents to walk over; the model's own grid by default."""
+    progressive: bool = False
+    """Instead: what the model guesses of the data along walks from noise, as strips."""
+    interpolate: tuple[str, str] | None = None
+    """Instead: between two images, numbers of test examples or pictures of the model's size."""
+    at: tuple[float, ...] = (0.25, 0.5, 0.75)
+    """With --interpolate: through the latents at these fractions of the grid, or of these
+    numbers."""
     out: Path | None = None
     """Folder for the picture and the array; RUN/samples/NAME by default."""
     checkpoint: str = "newest"

@@ -62,6 +62,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "limit": COUNT,
     "n": COUNT,
     "eta": FRACTION,
+    "at": POSITIVE,
 }
 
 
