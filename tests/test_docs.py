@@ -14,7 +14,7 @@ from nelbo import cli
 from nelbo.recipes.options import RECIPES
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGES = [DOCS / f"{name}.md" for name in ("units", "likelihood", "conditioning")]
+PAGES = [DOCS / f"{name}.md" for name in ("units", "likelihood", "conditioning", "ddpm")]
 
 
 def blocks(page: Path, language: str) -> list[str]:
