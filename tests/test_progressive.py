@@ -150,7 +150,7 @@ def test_one_column_is_an_ancestral_walk() -> None:
     assert torch.equal(found, sampler.finish(model, walked, TIMES[0], None))
 
 
-@pytest.mark.parametrize(("at", "index"), [(1.0, 40), (0.5, 19), (0.001, 0), (2, 1), (41, 40)])
+@pytest.mark.parametrize(("at", "index"), [(1.0, 40), (0.5, 20), (0.001, 0), (2, 1), (41, 40)])
 def test_places_of_the_grid(at: float, index: int) -> None:
     assert place(at, TIMES) == index
 

@@ -85,8 +85,8 @@ class Sample:
     """Instead: what the model guesses of the data along walks from noise, as strips."""
     interpolate: tuple[str, str] | None = None
     """Instead: between two images, numbers of test examples or pictures of the model's size."""
-    at: tuple[float, ...] = (0.25, 0.5, 0.75)
-    """With --interpolate: through the latents at these fractions of the grid, or of these
+    at: tuple[float, ...] = (0.4, 0.6, 0.8)
+    """With --interpolate: through the latents at these fractions of the last time, or of these
     numbers."""
     out: Path | None = None
     """Folder for the picture and the array; RUN/samples/NAME by default."""

@@ -106,14 +106,15 @@ def image(name: str, dataset: Dataset) -> Tensor:
 
 
 def place(at: float, times: Tensor) -> int:
-    """Position in the grid of a fraction of it (up to 1), or of the number of a latent (from 2).
+    """Position of the latent next to a fraction of the last time (up to 1), or of the latent with
+    a number (from 2).
 
     Raises:
         UsageError: there is none.
     """
     count = len(times)
     if 0 < at <= 1:
-        return max(round(at * count) - 1, 0)
+        return int((times - at * times[-1]).abs().argmin())
     if at != round(at) or not 2 <= at <= count:
         raise UsageError(
             f"--at {at:g}: give a fraction above 0 and up to 1, or the number of a latent, 2 to "
