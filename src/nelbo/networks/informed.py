@@ -36,6 +36,10 @@ class Informed(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """Computed in float64 and passed on in float32."""
-        logsnr = self.held[0].logsnr(torch.as_tensor(t)).to(x_t.device)
-        out: Tensor = self.network(x_t, ((self.high - logsnr) * self.per_logsnr).float(), cond)
+        out: Tensor = self.network(x_t, self._told(torch.as_tensor(t)).to(x_t.device), cond)
         return out
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # the schedule hooks its gradients
+    def _told(self, t: Tensor) -> Tensor:
+        steps: Tensor = (self.high - self.held[0].logsnr(t)) * self.per_logsnr
+        return steps.float()
