@@ -396,7 +396,7 @@ def test_a_run_with_a_learned_schedule(tmp_path: Path) -> None:
     assert "learned from there" in text
     schedule = open_run(out).subject.model.process.schedule
     assert isinstance(schedule, LearnedLogSNR)
-    assert float(schedule.rise.abs().max()) > 0 and float(schedule.top) != 8.0
+    assert float(schedule.rise.detach().abs().max()) > 0 and float(schedule.top.detach()) != 8.0
     code, text, err = silent(["evaluate", str(out), "--limit", "20", "--json"])
     assert code == 0, err
     assert math.isfinite(json.loads(text)["terms"]["total"]["mean"])
@@ -418,7 +418,7 @@ def test_a_density_keeps_its_first_log_snr(tmp_path: Path) -> None:
     schedule = open_run(out).subject.model.process.schedule
     assert isinstance(schedule, LearnedLogSNR)
     high, low = schedule.ends()
-    assert float(high) == 8.0 and not high.requires_grad and float(low) != -6.0
+    assert float(high) == 8.0 and not high.requires_grad and float(low.detach()) != -6.0
 
 
 @pytest.mark.parametrize(
