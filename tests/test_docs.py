@@ -14,7 +14,7 @@ from nelbo import cli
 from nelbo.recipes.options import RECIPES
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-NAMES = ("units", "likelihood", "conditioning", "steps", "interop", "flow", "samplers")
+NAMES = ("units", "likelihood", "conditioning", "steps", "interop", "flow", "samplers", "ddpm")
 PAGES = [DOCS / f"{name}.md" for name in NAMES]
 
 

@@ -78,11 +78,11 @@ def _about(kind: type) -> str:
 def evaluate(arguments: list[str]) -> int:
     """Measure the bound of a run's model on its data."""
     options = _parse("Evaluate", arguments)
-    from nelbo.walks import against, flow, steps
+    from nelbo.walks import against, flow, progressive, steps
     from nelbo.walks import evaluate as plain
 
     _threads(options.threads)
-    asked = [walk for walk in (against, steps, flow) if walk.asked(options)]
+    asked = [walk for walk in (against, steps, flow, progressive) if walk.asked(options)]
     if len(asked) > 1:
         names = " and ".join(walk.OPTION for walk in asked)
         raise UsageError(f"{names} are measurements of their own: ask for one at a time")
@@ -93,11 +93,12 @@ def evaluate(arguments: list[str]) -> int:
 def sample(arguments: list[str]) -> int:
     """Draw samples from a run's model, freely or under a condition."""
     options = _parse("Sample", arguments)
-    from nelbo.walks import conditional
+    from nelbo.walks import conditional, interpolate, strips
     from nelbo.walks import sample as walk
 
     _threads(options.threads)
-    (conditional if conditional.asked(options) else walk).run(options)
+    others = (interpolate, strips, conditional)
+    next((other for other in others if other.asked(options)), walk).run(options)
     return 0
 
 

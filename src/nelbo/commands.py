@@ -68,6 +68,8 @@ class Evaluate:
     """Part of the data; test for a run, all for a checkpoint of another code base."""
     limit: int | None = None
     """Only the first so many examples."""
+    progressive: bool = False
+    """Instead: rate and distortion of progressive coding, from about 64 (or --calls) calls."""
     checkpoint: str = "newest"
     """newest, best (by validation bound), or a step."""
     ode: bool = False
@@ -120,7 +122,7 @@ class Sample:
     run: tyro.conf.Positional[Path]
     """Run directory, or a checkpoint of another code base."""
     n: int | None = None
-    """How many; 64, or 8 under a condition."""
+    """How many; 64, or 8 under a condition or between two images."""
     observe: Path | None = None
     """Picture (with --mask) or .npy (NaN: unknown) to fill in, of the model's size."""
     mask: Path | None = None
@@ -147,6 +149,13 @@ class Sample:
     """Of the reverse steps: the model's own, or another (--sampler ancestral)."""
     fit: int = 128
     """Training examples on which an optimal grid or variance is fitted."""
+    progressive: bool = False
+    """Instead: what the model guesses of the data along walks from noise, as strips."""
+    interpolate: tuple[str, str] | None = None
+    """Instead: between two images, numbers of test examples or pictures of the model's size."""
+    at: tuple[float, ...] = (0.4, 0.6, 0.8)
+    """With --interpolate: through the latents at these fractions of the last time, or of these
+    numbers."""
     out: Path | None = None
     """New folder for the picture and the array; RUN/samples/NAME by default, samples/NAME here for
     a checkpoint of another code base."""

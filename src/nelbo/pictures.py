@@ -45,18 +45,19 @@ def pixels(images: Array, levels: int | None) -> Array:
     return np.broadcast_to(colours, (*colours.shape[:3], 3))
 
 
-def sample_grid(images: ArrayLike, levels: int | None) -> Array:
-    """Images in a near-square grid on white, each pixel enlarged by one whole factor.
+def sample_grid(images: ArrayLike, levels: int | None, columns: int | None = None) -> Array:
+    """Images in a grid on white, near-square by default, each pixel enlarged by a whole factor.
 
     Arguments:
         images: (n, C, H, W), as in `pixels`; tensors too.
         levels: number of levels, for integers.
+        columns: images in a row.
     Returns:
         (height, width, 3) uint8.
     """
     tiles = pixels(np.asarray(images), levels)
     count, height, width, _ = tiles.shape
-    columns = math.ceil(math.sqrt(count))
+    columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     factor = max(1, GRID // (columns * max(height, width)))
     gap = max(1, factor * width // 16)

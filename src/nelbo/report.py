@@ -22,13 +22,13 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from nelbo import compared, dots, figures, pictures, remake, wording
+from nelbo import compared, dots, figures, pictures, ratedistortion, remake, wording
 from nelbo.errors import InputRefused
 from nelbo.files import exhausted, hidden, write_file
 from nelbo.runfiles import Array, Json, Run, load
 
 FIGURES = ("baselines", "truth", "comparison", "steps", "integrand", "learning", "real", "samples",
-           "strip")  # fmt: skip
+           "strip", "progressive")  # fmt: skip
 BASELINES = {"uniform": "uniform coding", "histogram": "training histogram"}
 IMAGES, POINTS, SEQUENCES = 64, 4000, 32
 
@@ -94,6 +94,8 @@ def draw(run: Run) -> dict[str, Picture]:
     if len(run.training) + len(run.validation):
         curves = (run.training, run.validation, run.data.get("levels") is not None)
         drawn["learning"] = _both(partial(figures.learning, *curves))
+    if run.progressive:
+        drawn["progressive"] = _both(partial(ratedistortion.curve, run.progressive))
     return drawn | _examples(run)
 
 

@@ -3,6 +3,7 @@
     recipe.json, status.json, environment.json    what was asked for, how it went, where
     metrics.jsonl                                 training losses and validation bounds by step
     evaluation/test*.json and .npz                the bound of the test part, and of each example
+    evaluation/progressive-test*.json             rate and distortion of progressive coding
     samples/samples.npz, strip.npz                samples beside data, trajectories
 
 Of several evaluations of the test part the one of the latest step counts, and among those the one
@@ -44,6 +45,7 @@ class Run:
     per_example: dict[str, Array]
     samples: dict[str, Array]
     strip: dict[str, Array]
+    progressive: Json
     training: Array
     """(m, 2) of step, loss in bits/dim."""
     validation: Array
@@ -78,6 +80,7 @@ def load(path: Path) -> Run:
         per_example=_arrays(measured.with_suffix(".npz")),
         samples=_arrays(path / "samples" / "samples.npz", "samples"),
         strip=_arrays(path / "samples" / "strip.npz", "forward", "reverse", "logsnr"),
+        progressive=_json(_curve(path / "evaluation"), "points", "rate", "distortion"),
         training=training,
         validation=validation,
     )
@@ -87,6 +90,17 @@ def _measured(folder: Path) -> Path:
     """The evaluation of the whole test part that counts: latest step, most calls."""
     found = [path for path in sorted(folder.glob("test*.json")) if _whole(path)]
     return max(found, key=_rank, default=folder / "test.json")
+
+
+def _curve(folder: Path) -> Path:
+    """The rate-distortion curve of the test part that counts: latest step, most calls."""
+    found = list(sorted(folder.glob("progressive-test-*.json")))
+    return max(found, key=_rank_curve, default=folder / "progressive-test.json")
+
+
+def _rank_curve(path: Path) -> tuple[int, float]:
+    document = _json(path, "model", "calls_per_example")
+    return document["model"].get("step", 0), document["calls_per_example"]
 
 
 def _whole(path: Path) -> bool:

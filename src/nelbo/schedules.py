@@ -66,7 +66,21 @@ class Schedule(Float64, ABC):
         return -softplus(self.logsnr(t))
 
 
-class LogSNRLinear(Schedule):
+class Smooth(Schedule, ABC):
+    """A schedule of continuous time: λ is differentiable on the whole of [0, 1]."""
+
+    @abstractmethod
+    def slope(self, t: Tensor) -> Tensor:
+        """λ′(t) < 0, float64, the shape of t."""
+
+    def grid(self, steps: int) -> Tensor:
+        """linspace(0, 1, steps)."""
+        if steps < 1:
+            raise ValueError(f"a grid needs at least one time, not {steps}")
+        return torch.linspace(0 if steps > 1 else 1, 1, steps, dtype=torch.float64)
+
+
+class LogSNRLinear(Smooth):
     """λ(t) = λ_max + (λ_min − λ_max) t: the continuous schedule of this library.
 
     Arguments:
@@ -87,11 +101,8 @@ class LogSNRLinear(Schedule):
     def logsnr(self, t: Tensor) -> Tensor:
         return self.logsnr_max + (self.logsnr_min - self.logsnr_max) * t.double()
 
-    def grid(self, steps: int) -> Tensor:
-        """linspace(0, 1, steps)."""
-        if steps < 1:
-            raise ValueError(f"a grid needs at least one time, not {steps}")
-        return torch.linspace(0 if steps > 1 else 1, 1, steps, dtype=torch.float64)
+    def slope(self, t: Tensor) -> Tensor:
+        return torch.full_like(t, self.logsnr_min - self.logsnr_max, dtype=torch.float64)
 
 
 class Stepped(Schedule, ABC):

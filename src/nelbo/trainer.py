@@ -15,13 +15,23 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from nelbo.errors import NumericalFailure
 from nelbo.randomness import seeded
+
+
+class Stateful(Protocol):
+    """What changes while a run trains and is not a weight; no tensors if it has no state."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Its tensors by name."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take them back."""
 
 
 class Player(NamedTuple):
@@ -111,6 +121,7 @@ class Trainer:
         clip: largest gradient norm, None for no clipping.
         accumulation: parts into which a batch is split to save memory.
         autocast: a function that gives the context of the forward pass (bf16), or None.
+        carried: what else belongs to the state, by the name of its group of tensors.
     """
 
     def __init__(
@@ -126,6 +137,7 @@ class Trainer:
         clip: float | None = None,
         accumulation: int = 1,
         autocast: Callable[[], AbstractContextManager[None]] | None = None,
+        carried: Mapping[str, Stateful] | None = None,
     ) -> None:
         self.players = players
         self.batch = batch
@@ -136,6 +148,7 @@ class Trainer:
         self.clip = clip
         self.accumulation = accumulation
         self.autocast = autocast if autocast is not None else nullcontext
+        self.carried = {} if carried is None else dict(carried)
         self.averages = {p.name: EMA(p.module, ema) for p in players}
         self.step = 0
 
@@ -192,7 +205,12 @@ class Trainer:
             state[player.name] = dict(player.module.state_dict())
             state[f"{player.name}-ema"] = dict(self.averages[player.name].module.state_dict())
             state[f"{player.name}-optimizer"] = _optimizer_tensors(player.optimizer)
-        return state
+        return state | self.carried_state()
+
+    def carried_state(self) -> dict[str, dict[str, Tensor]]:
+        """The groups of what is carried; none for what has no state."""
+        groups = {name: thing.state_dict() for name, thing in self.carried.items()}
+        return {name: tensors for name, tensors in groups.items() if tensors}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
         """Continue from a state after `step` updates; names and shapes must match exactly."""
@@ -200,6 +218,8 @@ class Trainer:
             player.module.load_state_dict(dict(state[player.name]))
             self.averages[player.name].module.load_state_dict(dict(state[f"{player.name}-ema"]))
             _load_optimizer(player.optimizer, state[f"{player.name}-optimizer"])
+        for name in self.carried_state():
+            self.carried[name].load_state_dict(state[name])
         self.step = step
 
 

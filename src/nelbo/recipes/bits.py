@@ -17,8 +17,9 @@ from nelbo.decoders import EdgeFixed
 from nelbo.errors import UsageError
 from nelbo.objectives import Vlb
 from nelbo.processes.bernoulli import Bernoulli
+from nelbo.recipes.combinations import check_times
 from nelbo.recipes.groups import BitDiffusion
-from nelbo.recipes.models import focus_of, mlp, schedule_of, unet
+from nelbo.recipes.models import drawn, focus_of, mlp, schedule_of, unet
 from nelbo.recipes.options import Bits, Heartbeat, Mnist, Options, name_of
 from nelbo.recipes.patterns import PatternPosterior, expected_terms, number_of_states
 from nelbo.recipes.recipe import OPTIMUM, TRUTH, Recipe, Reference
@@ -90,6 +91,7 @@ def bit_recipe(
         options: of the run. chain: those of them that make the Bernoulli diffusion.
         network: gives as many values as there are bits. more: further fields of the recipe.
     """
+    check_times(chain)
     times = schedule_of(chain).grid(chain.latents)
     rate = rate_of(chain, dataset)
     return Recipe(
@@ -98,7 +100,7 @@ def bit_recipe(
         dataset=dataset,
         model=bit_model(chain, network, times, rate),
         times=times,
-        objective=Vlb(times, focus_of(chain, times)),
+        objective=drawn(chain, Vlb(times, focus_of(chain, times))),
         description=words(chain, network, rate),
         **more,
     )
@@ -124,6 +126,7 @@ def binary_images(options: Mnist, dataset: Dataset) -> Recipe:
         logsnr_min=options.logsnr_min,
         latents=options.latents,
         focus=options.focus,
+        times=options.times,
         stationary=options.stationary,
         predict=options.bits,
     )

@@ -24,6 +24,7 @@ from nelbo.evaluation import evaluate
 from nelbo.networks.heads import LevelHead
 from nelbo.objectives import Augmented
 from nelbo.randomness import seeded
+from nelbo.recipes import combinations
 from nelbo.recipes import options as o
 from nelbo.recipes.bits import binary_images, heartbeat_recipe, rows_recipe
 from nelbo.recipes.models import (
@@ -141,7 +142,7 @@ def _vectors(options: o.Vectors | o.SwissRoll, dataset: Dataset, **more: Any) ->
         raise InputRefused(f"{dataset.name} holds images: use the recipe images")
     times, schedule = _grid(options)
     out = parameterization_of(options, times, None).channels(dataset.dims)
-    network = mlp(dataset.dims, options.width, options.depth, out)
+    network = mlp(dataset.dims, options.width, options.depth, out, schedule)
     model = assemble(options, None, network, times, schedule)
     return _recipe(options, options, dataset, model, times, **more)
 
@@ -190,6 +191,7 @@ def _references(
 def _grid(options: o.Diffusion) -> tuple[Tensor, Any]:
     if options.latents < 1:
         raise UsageError(f"--latents {options.latents}: a chain needs at least one")
+    combinations.check(options)
     schedule = schedule_of(options)
     return schedule.grid(options.latents), schedule
 
@@ -217,8 +219,9 @@ def _recipe(
 def _words(options: o.Diffusion, model: Any) -> dict[str, str]:
     """What the bound is a bound of, in words."""
     ends = f"log-SNR {options.logsnr_max:g} to {options.logsnr_min:g}"
-    schedule = ends if options.schedule == "logsnr" else options.schedule
+    schedule = ends if options.schedule in ("logsnr", "learned") else options.schedule
     learned = ", betas learned from there" if options.learn_betas else ""
+    learned = ", learned from there" if options.schedule == "learned" else learned
     parameters = sum(p.numel() for p in cast(Any, model).network.parameters())
     return {
         "process": "Gaussian diffusion",

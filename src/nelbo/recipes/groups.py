@@ -77,17 +77,21 @@ class Training:
 class Noise:
     """The times of the forward process, and how training draws them."""
 
-    schedule: Literal["logsnr", "linear", "cosine", "harmonic"] = "logsnr"
-    """Log-SNR linear in time, DDPM's betas, improved DDPM's cosine, or 1/(T-t+1)."""
+    schedule: Literal["logsnr", "linear", "cosine", "harmonic", "learned"] = "logsnr"
+    """Log-SNR linear in time, DDPM's betas, improved DDPM's cosine, 1/(T-t+1), or log-SNR learned
+    (with --objective continuous)."""
     logsnr_max: float = 13.3
-    """Log-SNR next to the data (schedule logsnr)."""
+    """Log-SNR next to the data (schedule logsnr; where learned starts)."""
     logsnr_min: float = -5.0
-    """Log-SNR next to the prior (schedule logsnr)."""
+    """Log-SNR next to the prior (schedule logsnr; where learned starts)."""
     latents: int = 1000
     """N, latents of the grid: T of a DDPM."""
     focus: tuple[float, float] | None = None
     """Centre and width in log-SNR of the times that are drawn more often; the objective stays
     unbiased."""
+    times: Literal["low-discrepancy", "independent", "second-moment"] = "low-discrepancy"
+    """How a batch draws its times: evenly spread, each by itself, or evenly spread under
+    probabilities that follow the last ten terms of every step (improved DDPM; unbiased)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +111,9 @@ class Diffusion(Noise):
     """Variance of the decoder: lose(t_1), 1/snr(t_1), or beta tilde of the first pair."""
     clip_x0: float | None = None
     """Clip the predicted data to this size; part of the model."""
-    objective: Literal["vlb", "simple", "mean", "hybrid"] = "vlb"
-    """What is minimised."""
+    objective: Literal["vlb", "simple", "mean", "hybrid", "continuous"] = "vlb"
+    """What is minimised: the bound, DDPM's L_simple, the error of the mean, improved DDPM's
+    L_hybrid, or the bound of infinitely many latents (schedule logsnr or learned)."""
 
 
 @dataclass(frozen=True, kw_only=True)

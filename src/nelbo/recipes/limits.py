@@ -70,6 +70,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "levels": (2, 256),
     "edge": POSITIVE,
     "label": NUMBER,
+    "at": POSITIVE,
 }
 
 

@@ -19,15 +19,19 @@ from nelbo.decoders import (
     Ratio,
 )
 from nelbo.errors import UsageError
+from nelbo.learned_schedule import LearnedLogSNR
 from nelbo.networks.heads import Ensemble, LevelHead, channel_dropout
+from nelbo.networks.informed import Informed
 from nelbo.networks.layers import Fourier, Marked, Positions, Timed
 from nelbo.networks.mlp import MLP
 from nelbo.networks.unet import UNet, zero_last
 from nelbo.parameterizations import X0, Epsilon, GaussianParameterization, Levels, Mean, Velocity
 from nelbo.processes.gaussian import Gaussian
+from nelbo.recipes.combinations import focused
 from nelbo.recipes.groups import Diffusion, Noise, UNetShape
 from nelbo.reverse import Decoder, Reverse
 from nelbo.schedules import Cosine, Harmonic, Learned, Linear, LogSNRLinear, Schedule, Stepped
+from nelbo.timesampling import SecondMoment
 from nelbo.variances import Between, Free, Posterior, Transition, Variance
 
 
@@ -38,6 +42,9 @@ def schedule_of(options: Noise) -> Schedule:
         UsageError: betas that cannot be learned.
     """
     schedule = _named(options)
+    if options.schedule == "learned":
+        assert isinstance(schedule, LogSNRLinear)
+        return LearnedLogSNR(schedule, getattr(options, "decoder", "") in ("density", "fixed"))
     if not getattr(options, "learn_betas", False):
         return schedule
     if not isinstance(schedule, Stepped) or options.schedule == "harmonic" or schedule.steps < 2:
@@ -123,13 +130,28 @@ def objective_of(options: Diffusion, times: Tensor) -> objectives.Objective:
         "simple": objectives.Simple,
         "mean": objectives.Mean,
         "hybrid": objectives.Hybrid,
+        "continuous": objectives.Continuous,
     }
-    return kinds[options.objective](times, focus_of(options, times))
+    probabilities = focus_of(options, times)
+    if options.objective == "continuous" and probabilities is not None:
+        share = objectives.DECODER
+        pieces = probabilities[1:]
+        probabilities = torch.cat([pieces.new_full((1,), share), (1 - share) * pieces])
+        probabilities[1:] /= pieces.sum()
+    return drawn(options, kinds[options.objective](times, probabilities))
+
+
+def drawn(options: Noise, objective: objectives.Objective) -> objectives.Objective:
+    """The objective, drawing its times as --times says."""
+    objective.independent = options.times == "independent"
+    if options.times == "second-moment":
+        objective.history = SecondMoment(len(objective.times))
+    return objective
 
 
 def focus_of(options: Noise, times: Tensor) -> Tensor | None:
     """(N,) probabilities of the terms: a normal bump over log-SNR with 20 % uniform; or None."""
-    if options.focus is None:
+    if options.focus is None or not focused(options):
         return None
     centre, width = options.focus
     logsnr = _named(options).logsnr(times)
@@ -138,10 +160,22 @@ def focus_of(options: Noise, times: Tensor) -> Tensor | None:
 
 
 def timed(network: nn.Module, schedule: Schedule) -> nn.Module:
-    """Time on the scale 0..T−1 of a chain, 0..1000 of a continuous schedule."""
+    """Time on the scale 0..T−1 of a chain, 0..1000 of a continuous schedule.
+
+    Under a learned log-SNR the network is told the log-SNR itself, on the scale that time had when
+    training began.
+    """
+    if isinstance(schedule, LearnedLogSNR):
+        return informed(network, schedule, 1000)
     if isinstance(schedule, Stepped):
         return Timed(network, schedule.steps, -1)
     return Timed(network, 1000)
+
+
+def informed(network: nn.Module, schedule: LearnedLogSNR, scale: float) -> nn.Module:
+    """Told the log-SNR, from 0 at λ_max to `scale` at λ_min, both as they are now."""
+    high, low = (float(end.detach()) for end in schedule.ends())
+    return Informed(network, schedule, high, low, scale)
 
 
 def unet(options: UNetShape, shape: tuple[int, ...], out: int, timesteps: Schedule) -> nn.Module:
@@ -157,7 +191,11 @@ def unet(options: UNetShape, shape: tuple[int, ...], out: int, timesteps: Schedu
             f"{height}x{width} images do not fit {len(options.multipliers)} resolutions: both "
             f"sides must be multiples of {factor}. Give fewer --multipliers, or --size"
         )
-    members = [timed(_member(options, shape, out), timesteps) for _ in range(options.members)]
+    members = [_member(options, shape, out) for _ in range(options.members)]
+    if isinstance(timesteps, LearnedLogSNR):
+        network = members[0] if len(members) == 1 else Ensemble(members)
+        return timed(network, timesteps)  # a learned schedule must see the whole batch
+    members = [timed(member, timesteps) for member in members]
     return members[0] if len(members) == 1 else Ensemble(members)
 
 
@@ -221,9 +259,12 @@ def assemble(
     )
 
 
-def mlp(dims: int, width: int, depth: int, out: int) -> nn.Module:
-    """A residual perceptron for vectors; time stays in [0, 1]."""
-    return MLP(dims, width=width, depth=depth, out=out)
+def mlp(
+    dims: int, width: int, depth: int, out: int, schedule: Schedule | None = None
+) -> nn.Module:
+    """A residual perceptron for vectors; time stays in [0, 1], as does a learned log-SNR."""
+    network = MLP(dims, width=width, depth=depth, out=out)
+    return informed(network, schedule, 1) if isinstance(schedule, LearnedLogSNR) else network
 
 
 class ExactDenoiser(nn.Module):

@@ -109,7 +109,7 @@ def condition_of(options: Sample, dataset: Dataset) -> Condition:
     if options.observe is None and options.denoise is None:
         values = _in_units(dataset.test[0].double(), dataset, path)
     else:
-        values = _values(path, dataset)
+        values = values_of(path, dataset)
     mask = ~values.numbers.isnan()
     if options.hole is not None:
         mask = mask & _around(options.hole, dataset)
@@ -208,7 +208,8 @@ def _around(hole: int, dataset: Dataset) -> Tensor:
 # --- files ---------------------------------------------------------------------------------------
 
 
-def _values(path: Path, dataset: Dataset) -> Values:
+def values_of(path: Path, dataset: Dataset) -> Values:
+    """What a picture or an .npy file holds."""
     if path.suffix.lower() == ".npy":
         numbers = _array(path, dataset.shape()).double()
         return _in_units(numbers, dataset, path)

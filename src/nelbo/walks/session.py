@@ -98,6 +98,8 @@ class Session:
             checkpoint.check_tensors(tensors.get(name, {}), expected[name], str(path))
         if f"{PLAYER}-optimizer" not in tensors:
             raise InputRefused(f"{path}: {PLAYER}-optimizer.safetensors is missing")
+        for name, group in self.trainer.carried_state().items():
+            checkpoint.check_tensors(tensors.get(name, {}), group, str(path / name))
         self.trainer.load_state_dict(tensors, step)
 
     def save(self) -> None:

@@ -124,6 +124,7 @@ def trainer_of(recipe: Recipe, device: str) -> Trainer:
         clip=None if options.clip is None else options.clip * dataset.dims,
         accumulation=options.accumulation,
         autocast=_autocast(device) if options.bf16 else None,
+        carried={"objective": recipe.objective},
     )
 
 
