@@ -58,6 +58,7 @@ _FLOORS = {
     "data.decoding": (1, 1),
     "data.loading": (1, 0),
     "data.augmentation": (1, 0),
+    "data.transforms": (1, 0),
     "data.features": (1, 2),
     "data.base": (1, 1),
     "data.splits": (1, 2),

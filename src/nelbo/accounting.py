@@ -128,7 +128,7 @@ def detrended(residuals: Tensor, v: Tensor) -> Tensor:
     seen = v.isfinite()
     count = max(1, min(MOST_HATS, int(seen.sum()) // PER_HAT))
     x, e = v[seen], residuals[seen]
-    phi = hats(x, count)[1:]
+    phi = hats(x, count)
     square = phi.T @ phi + 1e-9 * torch.eye(count, dtype=torch.float64)
     left = e - phi @ torch.linalg.solve(square, phi.T @ e)
     out = residuals.clone()

@@ -23,12 +23,12 @@ References:
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
 
+from nelbo.data.transforms import colors, cosines
 from nelbo.processes.base import along
 from nelbo.processes.gaussian import Gaussian
 
@@ -154,15 +154,15 @@ class Shrinkage(Linear):
             raise ValueError(f"blocks of {block} do not tile images of {height}x{width}")
         self.block = block
         self.shape = shape
-        self.cosines = _cosines(block)
-        self.colors = _colors(channels)
+        self.cosines = cosines(block)
+        self.colors = colors(channels)
 
     def coordinates(self, x: Tensor) -> Tensor:
         channels, height, width = self.shape
-        b, cosines = self.block, self.cosines.to(x.device)
-        colors = torch.einsum("dc,nchw->ndhw", self.colors.to(x.device), x.double())
-        tiles = colors.reshape(len(x), channels, height // b, b, width // b, b)
-        out = torch.einsum("pi,ncaibj,qj->ncapbq", cosines, tiles, cosines)
+        b, waves = self.block, self.cosines.to(x.device)
+        turned = torch.einsum("dc,nchw->ndhw", self.colors.to(x.device), x.double())
+        tiles = turned.reshape(len(x), channels, height // b, b, width // b, b)
+        out = torch.einsum("pi,ncaibj,qj->ncapbq", waves, tiles, waves)
         return out.flatten(1)
 
     def centred(self, x_0: Tensor) -> Tensor:
@@ -190,23 +190,6 @@ class Shrinkage(Linear):
         error = ((1 - share) * level[:, below] + share * level[:, below + 1]).exp()
         terms: Tensor = 0.5 * torch.expm1(logsnr[:-1] - logsnr[1:]) * error
         return torch.where(logsnr[1:].isfinite(), terms, torch.zeros_like(terms))
-
-
-def _cosines(size: int) -> Tensor:
-    """(size, size) orthonormal cosine transform."""
-    k = torch.arange(size, dtype=torch.float64)
-    table = torch.cos(math.pi / size * (k[None] + 0.5) * k[:, None]) * math.sqrt(2 / size)
-    table[0] /= math.sqrt(2)
-    return table
-
-
-def _colors(channels: int) -> Tensor:
-    """(C, C) orthonormal: luma and two differences of three channels, otherwise as they are."""
-    if channels != 3:
-        return torch.eye(channels, dtype=torch.float64)
-    rows = torch.tensor([[1.0, 1, 1], [1, 0, -1], [1, -2, 1]], dtype=torch.float64)
-    out: Tensor = rows / rows.norm(dim=1, keepdim=True)
-    return out
 
 
 def _drop(logsnr_s: Tensor, logsnr_t: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from nelbo.design import Design, design
 from nelbo.drawing import Drawer, check_finite
 from nelbo.pilot import Draws, draw, expectation, fluctuation, probabilities
 from nelbo.rounds import Round
-from nelbo.surrogate import Nodes, hat_count, hats, width_of
+from nelbo.surrogate import Basis, Nodes, hat_count
 
 FOLDS = 5
 PILOT_SHARE, PILOT_LEAST, PILOT_MOST = 0.1, 256, 2048
@@ -95,9 +95,9 @@ class FewCalls:
         latin = self.plan.latin
         plan = design(len(drawer.data), calls, FOLDS, drawer.seed, number, latin=latin)
         fitted = self.pilot_calls + (plan.calls if self.plan.crossfit else 0)
-        count = hat_count(fitted, width_of(self.draws.nodes), len(drawer.times) - 1)
-        phi = hats(_middle(p[1:]), count)
-        parts = [self._batch(rows, x_0, plan, p, phi) for rows, x_0 in drawer.batches()]
+        count = hat_count(fitted, self.draws.nodes, len(drawer.times) - 1)
+        basis = Basis.of(_middle(p[1:]), count)
+        parts = [self._batch(rows, x_0, plan, p, basis.fine) for rows, x_0 in drawer.batches()]
         k, models, q = plan.both.shape[1], len(self.drawers), len(self.plan.controls)
         widths: list[tuple[int, ...]]
         widths = [(models,), (count, q), (k,), (k, models), (k, q), (k, q)]
@@ -109,7 +109,7 @@ class FewCalls:
         nodes = Nodes(index[drawn].long(), stand_in[drawn], moved[drawn], known)
         check_finite(torch.where(drawn[..., None], terms, 0.0).sum((1, 2)) + prior.sum(1))
         place = index.nan_to_num(nan=-1.0).long()
-        self.rounds.append(Round(plan, p, phi, prior, sums, place, terms, nodes, self.features))
+        self.rounds.append(Round(plan, p, basis, prior, sums, place, terms, nodes, self.features))
 
     def _probabilities(self) -> Tensor:
         n = len(self.drawers[0].times)
@@ -194,7 +194,7 @@ class FewCalls:
         base, residuals = r.residuals(
             component,
             weights,
-            self.draws.gram(r.phi, self.draws.terms @ weights, r.p),
+            self.draws.gram(r.basis, self.draws.terms @ weights, r.p),
             without=without,
             fit=self.plan.crossfit,
         )

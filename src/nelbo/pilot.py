@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nelbo.controls import Control
 from nelbo.drawing import Drawer
-from nelbo.surrogate import Gram, Nodes, columns, hat_count, hats, width_of
+from nelbo.surrogate import Basis, Gram, Nodes, columns, groups, hat_count, unaffordable
 
 PLACES = 32
 FLOOR, DECODER = 0.05, 0.02
@@ -39,9 +39,9 @@ class Draws:
     terms: Tensor
     most: Tensor
 
-    def gram(self, phi: Tensor, y: Tensor, p: Tensor) -> Gram:
+    def gram(self, basis: Basis, y: Tensor, p: Tensor) -> Gram:
         """Second moments for least squares with other hats and probabilities."""
-        return Gram.of(columns(phi, self.nodes), y, p[self.nodes.index])
+        return Gram.of(columns(basis, self.nodes), y, p[self.nodes.index])
 
 
 def draw(
@@ -115,19 +115,24 @@ def probabilities(drawer: Drawer, draws: Draws, targets: list[Tensor]) -> Tensor
 
 
 def _best(drawer: Drawer, draws: Draws, y: Tensor) -> Tensor:
-    pairs = len(drawer.times) - 1
     index, place = draws.nodes.index, coordinate(drawer)
     at = index.unique()
-    size = torch.stack([y[index == i].square().mean().sqrt() for i in at])
+    basis = Basis.of(place, hat_count(len(y), draws.nodes, len(at) - 1))
+    z, y = columns(basis, draws.nodes), y.clone()
+    size = torch.ones(len(place) + 1, dtype=torch.float64)
+    # a few hats cannot follow the mean along the grid: what is fitted is the spread at a place
+    for i in at:
+        here = index == i
+        size[i] = y[here].square().mean().sqrt() + torch.finfo(torch.float64).tiny
+        z[here] -= z[here].mean(0)
+        y[here] -= y[here].mean()
     # every place weighs the same in the fit, whatever the size of its terms
-    even = torch.ones(pairs + 1, dtype=torch.float64)
-    even[at] = size + 1e-3 * size.mean() + torch.finfo(torch.float64).tiny
-    count = hat_count(len(y), width_of(draws.nodes), len(at) - 1)
-    phi = hats(place, count)
-    z = columns(phi, draws.nodes)
+    kinds = groups(basis, draws.nodes.stand_in.shape[1], draws.nodes.features.shape[1])
     keep = torch.ones(z.shape[1], dtype=torch.bool)
-    left = y - z @ draws.gram(phi, y, even).solve(keep)
-    freedom = (len(y) / max(len(y) - z.shape[1], len(y) / 2)) ** 0.5
+    for name in unaffordable(draws.nodes):
+        keep &= ~kinds[name]
+    left = y - z @ Gram.of(z, y, size[index]).solve(keep)
+    freedom = (len(y) / max(len(y) - int(keep.sum()) - len(at), len(y) / 3)) ** 0.5
     spread = torch.stack([left[index == i].square().mean().sqrt() for i in at]) * freedom
     between = _interpolated(place[at[1:] - 1], _smoothed(spread[1:]), place)
     between = between + FLOOR * between.mean() + torch.finfo(torch.float64).tiny

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nelbo.design import Design
-from nelbo.surrogate import Gram, Nodes, columns, crossfit, groups, totals
+from nelbo.surrogate import Basis, Gram, Nodes, columns, crossfit, groups, totals, unaffordable
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Round:
     """What was drawn in one design.
 
     Arguments:
-        p: (N,) probabilities of the terms. phi: (N, K) hats of the stand-in.
+        p: (N,) probabilities of the terms. basis: hats of the stand-in.
         prior: (n, models). sums: (n, K, Q) Σ_i φ_k(i) G̅_qi of every example.
         index: (n, k) terms drawn, −1 where none. terms: (n, k, models).
         nodes: of the draws, in the order of `index >= 0`.
@@ -34,7 +34,7 @@ class Round:
 
     design: Design
     p: Tensor
-    phi: Tensor
+    basis: Basis
     prior: Tensor
     sums: Tensor
     index: Tensor
@@ -74,16 +74,17 @@ class Round:
             without: groups of columns that the stand-in does not use.
             fit: on the other folds as well; otherwise on the pilot alone.
         """
-        kinds = groups(self.phi.shape[1], self.sums.shape[2], self.features.shape[1])
-        keep = ~sum((kinds[name] for name in without), torch.zeros_like(kinds["decoder"]))
-        z, y, p = columns(self.phi, self.nodes), self.values(weights), self.probability()
+        kinds = groups(self.basis, self.sums.shape[2], self.features.shape[1])
+        left_out = [*without, *unaffordable(self.nodes)]
+        keep = ~sum((kinds[name] for name in left_out), torch.zeros_like(kinds["decoder"]))
+        z, y, p = columns(self.basis, self.nodes), self.values(weights), self.probability()
         fold = self.design.folds[self.drawn.nonzero()[:, 0]]
         if fit:
             beta = crossfit(z, y, p, fold, elsewhere, keep)
         else:
             beta = elsewhere.solve(keep).expand(int(fold.max()) + 1, -1)
         mask = _of(component, kinds["decoder"]).double()
-        whole = totals(self.phi, self.sums, self.features) * mask
+        whole = totals(self.basis, self.sums, self.features) * mask
         base = (whole * beta[self.design.folds]).sum(1)
         left = (y - (z * beta[fold]).sum(1)) / p * _of(component, self.nodes.index == 0)
         table = torch.full(self.index.shape, math.nan, dtype=torch.float64)

@@ -65,7 +65,7 @@ def _pooled(
 
 def _left(few: FewCalls, r: Round, weights: Tensor) -> Tensor:
     """(M,) residuals of the total."""
-    gram = few.draws.gram(r.phi, few.draws.terms @ weights, r.p)
+    gram = few.draws.gram(r.basis, few.draws.terms @ weights, r.p)
     _, table = r.residuals("total", weights, gram, fit=few.plan.crossfit)
     return table[r.drawn]
 

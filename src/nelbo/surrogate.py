@@ -1,12 +1,13 @@
 r"""A stand-in for the terms of the bound, fitted on other examples, whose sum over a set is known.
 
-    h_i = Σ_k φ_k(i) [a_k + Σ_q e_kq G̅_qi(x_0) + Σ_q b_kq (G_qi(x_t) − E[G_qi|x_0])
-                      + Σ_l c_kl z_l(x_0)]
+    h_i = Σ_k φ_k(i) [a_k + Σ_q e_kq G̅_qi(x_0) + Σ_q b_kq (G_qi(x_t) − E[G_qi|x_0])]
+        + Σ_k ψ_k(i) Σ_l c_kl z_l(x_0)
 
-φ_k are hats along the grid, G_q control variates with known expectation (`nelbo.controls`), G̅_q
-that expectation limited to what was seen in training, z_l features that need no network
-(`nelbo.data.features`); the decoder term has a constant and features of its own. Summed over all
-terms and averaged over noise, h is known for every example without a network call, so that
+φ_k and ψ_k are hats along the grid, ψ half as many, G_q control variates with known expectation
+(`nelbo.controls`), G̅_q that expectation limited to what was seen in training, z_l features that
+need no network (`nelbo.data.features`); the decoder term has a constant and features of its own.
+Summed over all terms and averaged over noise, h is known for every example without a network call,
+so that
 
     Σ_i term_i = Σ_i E h_i + E (term_i − h_i)/p_i,  i drawn with probability p_i,
 
@@ -24,11 +25,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-RIDGE = 1e-3
+RIDGE = 1e-4
 """Of the mean square of a column: keeps collinear columns apart, biases nothing."""
 PER_COLUMN = 12
 """Draws for which one more coefficient is worth its own error."""
 MOST_HATS = 16
+LEAST = 6
+"""Draws per column below which a group of columns is left out."""
 
 
 @dataclass(frozen=True)
@@ -46,63 +49,84 @@ class Nodes:
     features: Tensor
 
 
+@dataclass(frozen=True)
+class Basis:
+    """φ (N, K) and ψ (N, K'): hats that sum to one on the pairs; row 0, the decoder, is zero."""
+
+    fine: Tensor
+    coarse: Tensor
+
+    @classmethod
+    def of(cls, position: Tensor, count: int) -> Basis:
+        """Hats along positions (N−1,) of the pairs, non-decreasing in [0, 1]."""
+        none = torch.zeros(1, 1, dtype=torch.float64)
+        fine, coarse = hats(position, count), hats(position, max(1, count // 2))
+        return cls(
+            torch.cat([none.expand(1, fine.shape[1]), fine]),
+            torch.cat([none.expand(1, coarse.shape[1]), coarse]),
+        )
+
+
 def hats(position: Tensor, count: int) -> Tensor:
-    """(N, K) piecewise linear φ that sum to one on the pairs; row 0, the decoder, is zero.
-
-    Arguments:
-        position: (N−1,) of the pairs, non-decreasing in [0, 1]. count: K.
-    """
+    """(M, K) piecewise linear functions of positions (M,) in [0, 1] that sum to one."""
     if count == 1:
-        table = torch.ones(len(position), 1, dtype=torch.float64)
-    else:
-        knots = torch.linspace(0, 1, count, dtype=torch.float64)
-        table = (1 - (position[:, None] - knots).abs() * (count - 1)).clamp(min=0)
-    return torch.cat([torch.zeros(1, count, dtype=torch.float64), table])
+        return torch.ones(len(position), 1, dtype=torch.float64)
+    knots = torch.linspace(0, 1, count, dtype=torch.float64)
+    return (1 - (position[:, None] - knots).abs() * (count - 1)).clamp(min=0)
 
 
-def hat_count(draws: int, width: int, pairs: int) -> int:
-    """How many hats so many draws can bear, with `width` columns each."""
-    return max(1, min(MOST_HATS, pairs, draws // (PER_COLUMN * width)))
+def hat_count(draws: int, nodes: Nodes, pairs: int) -> int:
+    """How many hats K so many draws can bear."""
+    width = 1 + 2 * nodes.stand_in.shape[1] + nodes.features.shape[1] / 2
+    return max(1, min(MOST_HATS, pairs, int(draws / (PER_COLUMN * width))))
 
 
-def width_of(nodes: Nodes) -> int:
-    """Columns of one hat."""
-    return 1 + 2 * nodes.stand_in.shape[1] + nodes.features.shape[1]
-
-
-def columns(phi: Tensor, nodes: Nodes) -> Tensor:
+def columns(basis: Basis, nodes: Nodes) -> Tensor:
     """(M, C) regressors at the draws, in the order of `groups`."""
-    here = phi[nodes.index]
+    fine, coarse = basis.fine[nodes.index], basis.coarse[nodes.index]
     decoder = (nodes.index == 0).double()[:, None]
-    known = (nodes.stand_in, nodes.fluctuation, nodes.features)
-    parts = [(here[:, :, None] * value[:, None, :]).flatten(1) for value in known]
-    return torch.cat([here, *parts, decoder, decoder * nodes.features], 1)
+    known = ((fine, nodes.stand_in), (fine, nodes.fluctuation), (coarse, nodes.features))
+    parts = [(here[:, :, None] * value[:, None, :]).flatten(1) for here, value in known]
+    return torch.cat([fine, *parts, decoder, decoder * nodes.features], 1)
 
 
-def totals(phi: Tensor, stand_in: Tensor, features: Tensor) -> Tensor:
+def totals(basis: Basis, stand_in: Tensor, features: Tensor) -> Tensor:
     """(n, C) regressors summed over all terms of every example, in expectation over noise.
 
     Arguments:
         stand_in: (n, K, Q) Σ_i φ_k(i) G̅_qi. features: (n, L).
     """
-    n = len(stand_in)
-    whole, known = phi.sum(0), stand_in.flatten(1)
+    n, known = len(stand_in), stand_in.flatten(1)
+    whole = basis.coarse.sum(0)
     by_feature = (whole[None, :, None] * features[:, None, :]).flatten(1)
     one = torch.ones(n, 1, dtype=torch.float64)
-    parts = [whole.expand(n, -1), known, torch.zeros_like(known), by_feature]
+    parts = [basis.fine.sum(0).expand(n, -1), known, torch.zeros_like(known), by_feature]
     return torch.cat([*parts, one, features], 1)
 
 
-def groups(count: int, controls: int, features: int) -> dict[str, Tensor]:
+def groups(basis: Basis, controls: int, features: int) -> dict[str, Tensor]:
     """(C,) masks of the columns: by what they use ("control", "features"), and the "decoder"."""
+    count = basis.fine.shape[1]
     kinds = ["level"] * count + ["control"] * (2 * count * controls)
-    kinds += ["features"] * (count * features)
+    kinds += ["features"] * (basis.coarse.shape[1] * features)
     kinds += ["decoder"] + ["decoder features"] * features
     return {
         "control": torch.tensor([kind == "control" for kind in kinds]),
         "features": torch.tensor(["features" in kind for kind in kinds]),
         "decoder": torch.tensor(["decoder" in kind for kind in kinds]),
+        "decoder features": torch.tensor([kind == "decoder features" for kind in kinds]),
     }
+
+
+def unaffordable(nodes: Nodes) -> list[str]:
+    """Groups of columns for which there are too few of these draws, even with one hat."""
+    width, features = 1 + 2 * nodes.stand_in.shape[1], nodes.features.shape[1]
+    decoder = int((nodes.index == 0).sum())
+    found = ["decoder features"] if decoder < LEAST * (1 + features) else []
+    pairs = len(nodes.index) - decoder
+    if pairs < LEAST * (width + features):
+        found += ["features"]
+    return found + (["control"] if pairs < LEAST * width else [])
 
 
 @dataclass(frozen=True)

@@ -11,19 +11,26 @@ References:
 
 from __future__ import annotations
 
+import itertools
 import zlib
 
 import torch
 from torch import Tensor
 
 from nelbo.data.base import CHUNK, Dataset
+from nelbo.data.transforms import colors, cosines
+
+EDGES = (0.5, 1.5, 2.5, 4, 6, 9, 13, 18, 26, 37, 1e9)
+"""Of the bands, in half waves over the image."""
+MOST_COLORS = 4
 
 
 def features(dataset: Dataset, rows: Tensor) -> Tensor:
     """(n, L) float64 numbers of stored rows; L = 0 for real vectors, which have none here.
 
     Images: bytes of the compressed residuals of the median edge predictor, roughness along rows
-    and along columns, spread, and the share of values at either end. Bits: bytes, and ones.
+    and along columns, spread, the share of values at either end, and the energy in octave bands of
+    spatial frequency, colour by colour. Bits: bytes, and ones.
 
     Arguments:
         rows: (n, *shape) stored examples of the data set.
@@ -40,7 +47,24 @@ def _image(rows: Tensor, levels: int) -> Tensor:
     along = [_roughness(x, dim) for dim in (2, 3)]
     ends = ((rows == 0) | (rows == levels - 1)).double().mean((1, 2, 3))
     spread = (x.var((1, 2, 3)) + 1e-6).log()
-    return torch.stack([_bytes(_residuals(rows.int())), *along, spread, ends], 1)
+    return torch.stack([_bytes(_residuals(rows.int())), *along, spread, ends, *_bands(x)], 1)
+
+
+def _bands(x: Tensor) -> list[Tensor]:
+    """Log energies of (n, C, H, W) in bands of spatial frequency, each half an octave wide."""
+    height, width = x.shape[2:]
+    turned = torch.einsum("dc,nchw->ndhw", colors(x.shape[1]), x)
+    if x.shape[1] > MOST_COLORS:
+        turned = turned.square().mean(1, keepdim=True).sqrt()
+    waves = torch.einsum("pi,ncij,qj->ncpq", cosines(height), turned, cosines(width))
+    rows, columns = (torch.arange(k, dtype=torch.float64) for k in (height, width))
+    radius = (rows[:, None] ** 2 + columns**2).sqrt()
+    found = []
+    for low, high in itertools.pairwise(EDGES):
+        inside = (radius >= low) & (radius < high)
+        if bool(inside.any()):
+            found += list((waves[:, :, inside].square().mean(2) + 1e-7).log().T)
+    return found
 
 
 def _bits(rows: Tensor, levels: int) -> Tensor:
