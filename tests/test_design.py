@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nelbo.design import LEAST, design, nodes, replicates
+from nelbo.design import LEAST, design, enough, nodes, replicates
 from nelbo.errors import UsageError
 
 
@@ -60,3 +60,10 @@ def test_designs_are_functions_of_their_seed() -> None:
 def test_too_few_calls_are_refused(calls: float) -> None:
     with pytest.raises(UsageError, match=r"do not tell an error; take at least 0\.4$"):
         replicates(LEAST * 10 // 4, calls)
+    with pytest.raises(UsageError, match=r"take at least 2$"):
+        replicates(10, calls)
+
+
+def test_two_calls_are_enough_for_two_examples() -> None:
+    assert enough(2, 2) == 2 and enough(2, 1) == 2 and enough(100, 0.1) == 0.4
+    assert design(2, enough(2, 1), 5, 0).calls == 4

@@ -495,8 +495,8 @@ def test_one_latent() -> None:
 
 def test_refusals() -> None:
     model, times, x_0 = gaussian_model(), SCHEDULE.grid(20), draw(10)
-    for calls in (3.9, 0.1, 0, -1):
-        with pytest.raises(UsageError, match="take at least 4$"):
+    for calls in (1.9, 0.1, 0, -1):
+        with pytest.raises(UsageError, match="take at least 2$"):
             evaluate(model, x_0, times, calls=calls, pilot=x_0)
     with pytest.raises(UsageError, match="whole number"):
         evaluate(model, x_0, times, calls=7.5, pilot=x_0)

@@ -64,8 +64,11 @@ def account(base: Tensor, residuals: Tensor, design: Design, latin: bool = True)
     first, second = _part(residuals[:, :k]), _part(residuals[:, k:])
     weights = [share[r] * _weight(part, design.folds) for r, part in enumerate((first, second))]
     values = base + weights[0] * first.nan_to_num() + weights[1] * second.nan_to_num()
-    parts = [_centred(_part(t), design.folds) for t in (level[:, :k], level[:, k:])]
-    mc, effect = _monte_carlo(parts, design, share)
+    raw = [_part(t) for t in (level[:, :k], level[:, k:])]
+    parts = [_centred(part, design.folds) for part in raw]
+    # both residuals of an example have the same mean, so that their gap needs no centring
+    gap = float((raw[0] - raw[1]).square().nanmean())
+    mc, effect = _monte_carlo(parts, gap, design, share)
     known = float(base.var()) if n > 1 else math.nan
     both = _covariance(parts[0], _centred(base, design.folds), design.folds)
     # a sum of estimates, one of which may be below 0
@@ -73,19 +76,21 @@ def account(base: Tensor, residuals: Tensor, design: Design, latin: bool = True)
     return Account(values, math.sqrt(mc), math.sqrt(mc + population))
 
 
-def _monte_carlo(parts: list[Tensor], design: Design, share: list[float]) -> tuple[float, float]:
-    """se_mc² and C from the centred parts of both replicates."""
+def _monte_carlo(
+    parts: list[Tensor], gap: float, design: Design, share: list[float]
+) -> tuple[float, float]:
+    """se_mc² and C from the centred parts of both replicates, and the mean of (e_1 − e_2)²."""
     n, folds = len(design.folds), design.folds
     k = [design.first.shape[1], design.second.shape[1]]
     seen = [int(part.isfinite().sum()) for part in parts]
     variance = [_covariance(part, part, folds) for part in parts]
-    gap = parts[0] - parts[1]
-    noise = _covariance(gap, gap, folds) * k[0] * k[1] / (k[0] + k[1])
+    noise = gap * k[0] * k[1] / (k[0] + k[1])
     there = torch.where(parts[1].isfinite(), parts[0], math.nan)
     common = _covariance(there, there, folds)
     own = [noise / k[0] * (variance[0] / common if common > 0 else 1.0), noise / k[1]]
-    own = [min(i, v) for i, v in zip(own, variance, strict=True)]
-    effect = sum(v - i for v, i in zip(variance, own, strict=True)) / 2
+    if min(seen) > int(folds.max()) + 1:  # noise is part of a variance that was measured
+        own = [min(i, v) for i, v in zip(own, variance, strict=True)]
+    effect = max(sum(v - i for v, i in zip(variance, own, strict=True)) / 2, 0.0)
     mc = 2 * share[0] * share[1] * effect * (1 - seen[0] / n) / seen[0]
     for w, m, v, i in zip(share, seen, variance, own, strict=True):
         mc += w**2 * ((1 - m / n) * v + m / n * i) / m

@@ -33,7 +33,7 @@ from nelbo.errors import UsageError
 from nelbo.randomness import generator
 
 LEAST = 40
-"""Network calls in all, below which an error could not be told."""
+"""Network calls in all, below which less than two per example do not tell an error."""
 REPEATED = 0.1
 """Share of the calls that goes to examples already measured, where not all are measured twice."""
 
@@ -57,10 +57,10 @@ def replicates(n: int, calls: float) -> tuple[Replicate, Replicate]:
     Raises:
         UsageError: too few calls in all, or a fraction of a call where it has no meaning.
     """
-    if calls * n < LEAST:
+    if enough(n, calls) > calls:
         raise UsageError(
             f"--calls {calls:g}: {round(calls * n)} network calls for {n} examples do not tell an "
-            f"error; take at least {_up(LEAST / n)}"
+            f"error; take at least {enough(n, calls):g}"
         )
     if calls >= 2:
         if calls != int(calls):
@@ -73,13 +73,10 @@ def replicates(n: int, calls: float) -> tuple[Replicate, Replicate]:
 
 
 def enough(n: int, calls: float) -> float:
-    """`calls` per example, or as many as the least design of n examples takes."""
-    return calls if calls * n >= LEAST else float(math.ceil(LEAST / n))
-
-
-def _up(value: float) -> str:
-    """A short number that is not below `value`."""
-    return f"{math.ceil(value * 1000) / 1000:g}" if value < 1 else f"{math.ceil(value)}"
+    """`calls` per example, or as many as the least design of n examples takes: 2 always do."""
+    if calls >= 2 or calls * n >= LEAST:
+        return calls
+    return min(math.ceil(1000 * LEAST / n) / 1000, 2.0)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,9 @@ from nelbo.walks.stored import (
     save_arrays,
 )
 
+NORMAL95 = 1.959964
+"""Standard errors to either side that hold 95 % of a normal distribution."""
+
 
 def document(subject: Subject, step: int, request: Request, result: Evaluation) -> dict[str, Any]:
     """The JSON document of an evaluation (schema 1)."""
@@ -48,6 +51,7 @@ def document(subject: Subject, step: int, request: Request, result: Evaluation) 
         **few_entry(result, dataset.dims),
         "seed": request.seed,
         "terms": _terms(result, dataset.dims),
+        "interval95": intervals(result, dataset.dims),
         "baselines": baselines(dataset, request),
     }
 
@@ -59,6 +63,18 @@ def few_entry(result: Evaluation, dims: int) -> dict[str, Any]:
         {"name": s.name, "se_mc": s.se_mc / scale, "calls_ratio": s.calls} for s in result.savings
     ]
     return {"savings": rows} if rows else {}
+
+
+def intervals(result: Evaluation, dims: int) -> dict[str, Any]:
+    """95 % of the total in bits/dim: for this very set, and for the population that it is from."""
+    total = result.estimates()["total"].bits_per_dim(dims)
+    errors = {"set": total.se_mc, "population": total.se}
+    return {
+        name: [total.mean - NORMAL95 * error, total.mean + NORMAL95 * error]
+        if math.isfinite(error)
+        else None
+        for name, error in errors.items()
+    }
 
 
 def _terms(result: Evaluation, dims: int) -> dict[str, Any]:

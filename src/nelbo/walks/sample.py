@@ -148,7 +148,7 @@ def _check_flow(name: str, model: Reverse, times: Tensor) -> None:
             f"--sampler {name} moves along the noise of Gaussian diffusion, which this run has "
             "not: take --sampler ancestral"
         )
-    if float(model.process.schedule.keep(times[-1])) == 0 and isinstance(
+    if float(model.process.schedule.keep(times[-1]).detach()) == 0 and isinstance(
         model.parameterization, Epsilon
     ):
         raise UsageError(
