@@ -46,7 +46,7 @@ def _image(rows: Tensor, levels: int) -> Tensor:
     x = rows.double() / (levels - 1)
     along = [_roughness(x, dim) for dim in (2, 3)]
     ends = ((rows == 0) | (rows == levels - 1)).double().mean((1, 2, 3))
-    spread = (x.var((1, 2, 3)) + 1e-6).log()
+    spread = (x.var((1, 2, 3), correction=0) + 1e-6).log()
     return torch.stack([_bytes(_residuals(rows.int())), *along, spread, ends, *_bands(x)], 1)
 
 

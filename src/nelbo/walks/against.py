@@ -22,6 +22,7 @@ from nelbo.evaluation import TERMS, Evaluation
 from nelbo.files import write_json_atomic
 from nelbo.recipes.recipe import Subject
 from nelbo.walks import evaluate as evaluating
+from nelbo.walks.evaluate import NORMAL95
 from nelbo.walks.measuring import Request, measure
 from nelbo.walks.stored import Stored, device_of, opened, opened_beside, save_arrays
 
@@ -134,7 +135,7 @@ def _verdict(value: dict[str, Any]) -> str:
     """One sentence: which is better, if that can be told."""
     gap = value["difference"]["total"]
     mean, error = gap["mean"], gap["se"]
-    if error is None or abs(mean) < 1.96 * error:
+    if error is None or abs(mean) <= NORMAL95 * error:
         return (
             "Which is better cannot be told from these examples: the 95 % interval of the "
             "difference holds 0."
