@@ -14,7 +14,18 @@ from nelbo import cli
 from nelbo.recipes.options import RECIPES
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-NAMES = ("units", "likelihood", "conditioning", "steps", "interop", "flow", "samplers", "ddpm")
+NAMES = (
+    "units",
+    "likelihood",
+    "conditioning",
+    "steps",
+    "interop",
+    "flow",
+    "samplers",
+    "ddpm",
+    "few_calls",
+    "interop_openai",
+)
 PAGES = [DOCS / f"{name}.md" for name in NAMES]
 
 
