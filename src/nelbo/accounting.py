@@ -38,11 +38,14 @@ class Account:
     Arguments:
         values: (n,) H(x) + (n/n_r) ω_r e_r summed over the replicates that saw x.
         se_mc: of noise, times and the choice of examples. se: of the population as well.
+        freedom: with how many degrees of freedom se_mc is known: 2 m/(κ − 1) for m residuals of
+            kurtosis κ. A few large residuals say less of their variance than many equal ones.
     """
 
     values: Tensor
     se_mc: float
     se: float
+    freedom: float
 
     @property
     def mean(self) -> float:
@@ -73,7 +76,7 @@ def account(base: Tensor, residuals: Tensor, design: Design, latin: bool = True)
     both = _covariance(parts[0], _centred(base, design.folds), design.folds)
     # a sum of estimates, one of which may be below 0
     population = max(known + 2 * both + effect, 0.0) / n
-    return Account(values, math.sqrt(mc), math.sqrt(mc + population))
+    return Account(values, math.sqrt(mc), math.sqrt(mc + population), _freedom(parts[0]))
 
 
 def _monte_carlo(
@@ -95,6 +98,16 @@ def _monte_carlo(
     for w, m, v, i in zip(share, seen, variance, own, strict=True):
         mc += w**2 * ((1 - m / n) * v + m / n * i) / m
     return mc, effect
+
+
+def _freedom(part: Tensor) -> float:
+    """2 m/(κ − 1) of centred residuals; infinite where there are none to speak of."""
+    e = part[part.isfinite()]
+    square = float(e.square().mean())
+    if square == 0:
+        return math.inf
+    kurtosis = float((e**4).mean()) / square**2
+    return 2 * len(e) / max(kurtosis - 1, 1.0)
 
 
 def _part(table: Tensor) -> Tensor:

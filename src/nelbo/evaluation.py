@@ -12,6 +12,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from nelbo.drawing import Drawer, Integrand, check_finite
 from nelbo.errors import UsageError
-from nelbo.estimate import Estimate
+from nelbo.estimate import NORMAL95, Estimate, student95
 from nelbo.everyterm import SHORT, Terms, every_term
 from nelbo.fewcalls import FewCalls, Plan, Target, until
 from nelbo.reverse import Reverse
@@ -40,6 +41,7 @@ class Evaluation:
         figures: the estimates by term.
         calls: network calls per example. pilot_calls: calls on training examples, in all.
         savings: what each device of a few-call evaluation saved.
+        freedom: degrees of freedom with which the Monte-Carlo error of the total is known.
     """
 
     table: dict[str, Tensor]
@@ -48,6 +50,7 @@ class Evaluation:
     pilot_calls: int = 0
     integrand: Integrand | None = None
     savings: list[Saving] = field(default_factory=list)
+    freedom: float = math.inf
 
     def values(self) -> dict[str, Tensor]:
         """(n,) nats per example by term."""
@@ -56,6 +59,18 @@ class Evaluation:
     def estimates(self) -> dict[str, Estimate]:
         """Nats per example by term, with se (examples and noise) and se_mc (noise alone)."""
         return self.figures
+
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """95 % of the total in nats: for this very set, and for the population it is from.
+
+        The Monte-Carlo part is widened by Student's quantile, since its error is an estimate.
+        """
+        total = self.figures["total"]
+        noise = student95(self.freedom) * total.se_mc
+        beyond = NORMAL95**2 * (total.se**2 - total.se_mc**2)
+        both = math.sqrt(max(noise**2 + beyond, 0.0)) if math.isfinite(beyond) else math.nan
+        widths = {"set": noise, "population": both}
+        return {name: (total.mean - w, total.mean + w) for name, w in widths.items()}
 
 
 def evaluate(model: Reverse, data: Tensor, times: Tensor, **how: object) -> Evaluation:
@@ -171,6 +186,7 @@ def _of(few: FewCalls, weights: Tensor, offset: float) -> Evaluation:
         few.pilot_calls,
         scattered(few, weights),
         savings(few, weights),
+        found["total"].freedom,
     )
 
 

@@ -59,7 +59,7 @@ class Plan:
 
 def standardized(features: tuple[Tensor, Tensor] | None, n: int, m: int) -> tuple[Tensor, Tensor]:
     """Features of data and pilot on the pilot's scale; (n, 0) and (m, 0) without any."""
-    if features is None:
+    if features is None or features[0].shape[1] == 0:
         return torch.zeros(n, 0, dtype=torch.float64), torch.zeros(m, 0, dtype=torch.float64)
     data, pilot = features
     scale = pilot.std(0)
@@ -184,11 +184,14 @@ class FewCalls:
         """
         parts = [self._one(r, component, weights, without) for r in self.rounds]
         shares = [r.design.calls / self.calls for r in self.rounds]
-        mc = sum((w * a.se_mc) ** 2 for w, a in zip(shares, parts, strict=True))
+        pieces = [(w * a.se_mc) ** 2 for w, a in zip(shares, parts, strict=True)]
+        mc = sum(pieces)
         # the population's part is not lowered by more draws on the same examples
         beyond = sum(w * (a.se**2 - a.se_mc**2) for w, a in zip(shares, parts, strict=True))
         values = torch.stack([w * a.values for w, a in zip(shares, parts, strict=True)]).sum(0)
-        return Account(values, math.sqrt(mc), math.sqrt(mc + beyond))
+        unsure = sum(v**2 / a.freedom for v, a in zip(pieces, parts, strict=True))
+        freedom = mc**2 / unsure if unsure > 0 else math.inf
+        return Account(values, math.sqrt(mc), math.sqrt(mc + beyond), freedom)
 
     def _one(self, r: Round, component: str, weights: Tensor, without: tuple[str, ...]) -> Account:
         base, residuals = r.residuals(

@@ -17,12 +17,11 @@ from torch import Tensor
 from nelbo import console
 from nelbo.commands import Evaluate
 from nelbo.errors import UsageError
-from nelbo.estimate import Estimate
+from nelbo.estimate import NORMAL95, Estimate
 from nelbo.evaluation import TERMS, Evaluation
 from nelbo.files import write_json_atomic
 from nelbo.recipes.recipe import Subject
 from nelbo.walks import evaluate as evaluating
-from nelbo.walks.evaluate import NORMAL95
 from nelbo.walks.measuring import Request, measure
 from nelbo.walks.stored import Stored, device_of, opened, opened_beside, save_arrays
 

@@ -27,9 +27,6 @@ from nelbo.walks.stored import (
     save_arrays,
 )
 
-NORMAL95 = 1.959964
-"""Standard errors to either side that hold 95 % of a normal distribution."""
-
 
 def document(subject: Subject, step: int, request: Request, result: Evaluation) -> dict[str, Any]:
     """The JSON document of an evaluation (schema 1)."""
@@ -65,15 +62,12 @@ def few_entry(result: Evaluation, dims: int) -> dict[str, Any]:
     return {"savings": rows} if rows else {}
 
 
-def intervals(result: Evaluation, dims: int) -> dict[str, Any]:
+def intervals(result: Evaluation, dims: int) -> dict[str, list[float] | None]:
     """95 % of the total in bits/dim: for this very set, and for the population that it is from."""
-    total = result.estimates()["total"].bits_per_dim(dims)
-    errors = {"set": total.se_mc, "population": total.se}
+    scale = dims * math.log(2)
     return {
-        name: [total.mean - NORMAL95 * error, total.mean + NORMAL95 * error]
-        if math.isfinite(error)
-        else None
-        for name, error in errors.items()
+        name: [low / scale, high / scale] if math.isfinite(high - low) else None
+        for name, (low, high) in result.intervals().items()
     }
 
 
