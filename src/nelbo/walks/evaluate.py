@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,10 @@ from nelbo.files import write_json_atomic
 from nelbo.likelihood import ImportanceWeighted
 from nelbo.recipes.recipe import Subject
 from nelbo.walks import comparison, devices, weighted
+from nelbo.walks.documents import marked, opening, show
 from nelbo.walks.measuring import Request, measure
 from nelbo.walks.stored import (
     Stored,
-    assumptions,
     device_of,
     opened,
     save_arrays,
@@ -32,17 +31,7 @@ def document(subject: Subject, step: int, request: Request, result: Evaluation) 
     """The JSON document of an evaluation (schema 1)."""
     dataset = subject.dataset
     return {
-        "schema": 1,
-        "data": {
-            "name": dataset.name,
-            "split": request.split,
-            "n": len(result.table["prior"]),
-            "dims": dataset.dims,
-            "shape": list(dataset.shape()),
-            "levels": dataset.levels,
-            "sha256": dataset.record.get("sha256"),
-        },
-        "model": {"weights": "ema", "step": step, **subject.description},
+        **opening(subject, step, request.split, len(result.table["prior"])),
         "calls_per_example": result.calls,
         "pilot_calls": result.pilot_calls,
         **few_entry(result, dataset.dims),
@@ -130,9 +119,7 @@ def write(
     tighter = {} if found is None else weighted.entry(found, subject.dataset.dims)
     value = {**document(subject, stored.step, request, result), **extra, **tighter, **known}
     comparison.pair_gaps(value)
-    if stored.assumed is not None:
-        value["assumed"] = stored.assumed
-        value["model"]["step"] = None
+    value = marked(stored, value)
     if not stored.keeps:
         return value
     name = name_of(request, stored.step, len(subject.times))
@@ -182,7 +169,6 @@ def lines(value: dict[str, Any]) -> str:
     table = console.clean(head) + "\n" + console.table(rows, header)
     parts = [table]
     parts += [_saved(value["savings"])] if "savings" in value else []
-    parts += [assumptions(value["assumed"])] if value.get("assumed") else []
     parts += [weighted.lines(value)] if "importance" in value else []
     parts += [comparison.lines(value)] if "comparison" in value else []
     return "\n\n".join(parts)
@@ -222,7 +208,7 @@ def run(options: Evaluate) -> dict[str, Any]:
     found = _weigh(stored.subject, request, device)
     (result,) = measure(stored.subject, [stored.subject.model], request)
     value = write(stored, request, result, truth(stored.subject, request), found)
-    print(json.dumps(value, indent=1) if options.json else lines(value))
+    show(value, lines(value), options.json)
     return value
 
 

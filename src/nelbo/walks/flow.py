@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
@@ -16,7 +15,8 @@ from nelbo.files import write_json_atomic
 from nelbo.odelikelihood import Dequantise, FlowLikelihood, Measure, ode_likelihood
 from nelbo.recipes.recipe import Subject
 from nelbo.schedules import Stepped
-from nelbo.walks.stored import Stored, assumptions, device_of, opened, save_arrays
+from nelbo.walks.documents import marked, opening, show
+from nelbo.walks.stored import Stored, device_of, opened, save_arrays
 
 OPTION = "--ode"
 EXACT_DIMS = 100
@@ -77,12 +77,10 @@ def run(options: Evaluate) -> dict[str, Any]:
             track=lambda done, total: meter.update(done, total=total),
         )
     value = document(stored, options, rows, found)
-    if stored.assumed is not None:
-        value["assumed"] = stored.assumed
+    value = marked(stored, value)
     if stored.keeps:
         write(stored, options, value, found)
-    text = lines(value) + (f"\n\n{assumptions(stored.assumed)}" if stored.assumed else "")
-    print(json.dumps(value, indent=1) if options.json else text)
+    show(value, lines(value), options.json)
     return value
 
 
@@ -90,20 +88,8 @@ def document(
     stored: Stored, options: Evaluate, rows: Tensor, found: FlowLikelihood
 ) -> dict[str, Any]:
     """The JSON document (schema 1)."""
-    dataset = stored.subject.dataset
-    data = {
-        "name": dataset.name,
-        "split": options.split,
-        "n": len(rows),
-        "dims": dataset.dims,
-        "shape": list(dataset.shape()),
-        "levels": dataset.levels,
-        "sha256": dataset.record.get("sha256"),
-    }
     return {
-        "schema": 1,
-        "data": data,
-        "model": {**stored.subject.description, "weights": "ema", "step": stored.step},
+        **opening(stored.subject, stored.step, options.split or stored.part, len(rows)),
         "seed": options.seed,
         "ode": {**entry(stored.subject, found), **truth(stored.subject, rows)},
     }

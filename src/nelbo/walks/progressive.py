@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
@@ -18,8 +17,9 @@ from nelbo.files import write_json_atomic
 from nelbo.processes.gaussian import Gaussian
 from nelbo.progressive import Progressive
 from nelbo.recipes.recipe import Subject
+from nelbo.walks.documents import marked, opening, show
 from nelbo.walks.evaluate import entry
-from nelbo.walks.stored import Stored, assumptions, device_of, opened, save_arrays
+from nelbo.walks.stored import Stored, device_of, opened, save_arrays
 
 OPTION = "--progressive"
 CALLS = 64
@@ -70,12 +70,10 @@ def run(options: Evaluate) -> dict[str, Any]:
             track=lambda done, total: meter.update(done, total=total),
         )
     value = document(stored, options, result)
-    if stored.assumed is not None:
-        value["assumed"] = stored.assumed
+    value = marked(stored, value)
     if stored.keeps:
         write(stored, options, result, value)
-    text = lines(value) + (f"\n\n{assumptions(stored.assumed)}" if stored.assumed else "")
-    print(json.dumps(value, indent=1) if options.json else text)
+    show(value, lines(value), options.json)
     return value
 
 
@@ -87,17 +85,8 @@ def document(stored: Stored, options: Evaluate, result: Progressive) -> dict[str
     total = Estimate.of(result.rate[:, -1] + result.decoder + dataset.offset())
     points = _points(stored, result)
     return {
-        "schema": 1,
+        **opening(stored.subject, stored.step, options.split or stored.part, n),
         "kind": "progressive",
-        "data": {
-            "name": dataset.name,
-            "split": options.split,
-            "n": n,
-            "dims": dataset.dims,
-            "levels": dataset.levels,
-            "sha256": dataset.record.get("sha256"),
-        },
-        "model": {**stored.subject.description, "weights": "ema", "step": stored.step},
         "calls_per_example": float(result.calls),
         "seed": options.seed,
         "rate": entry(result.rates()[-1], dataset.dims),

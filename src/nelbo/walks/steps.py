@@ -7,7 +7,6 @@ on the part asked for. The limit, and the whole grid, are predictions alone.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from typing import Any
@@ -26,7 +25,8 @@ from nelbo.recipes.recipe import Subject
 from nelbo.subsets import Subsets
 from nelbo.variances import Posterior
 from nelbo.walks import fitting
-from nelbo.walks.stored import Stored, assumptions, device_of, opened
+from nelbo.walks.documents import marked, opening, show
+from nelbo.walks.stored import Stored, device_of, opened
 
 OPTION = "--steps"
 Combination = tuple[int, str, str]
@@ -96,14 +96,12 @@ def run(options: Evaluate) -> dict[str, Any]:
         fit = fitting.Fit(options.fit, options.seed, options.batch, device, options.quiet)
         fitted = fitting.curve_of(stored, fit)
     value = document(stored, options, asked_for, fitted, device)
-    if stored.assumed is not None:
-        value["assumed"] = stored.assumed
+    value = marked(stored, value)
     if stored.keeps:
         folder = stored.directory.evaluation
         folder.mkdir(parents=True, exist_ok=True)
         write_json_atomic(folder / f"{name_of(stored, options)}.json", value)
-    text = lines(value) + (f"\n\n{assumptions(stored.assumed)}" if stored.assumed else "")
-    print(json.dumps(value, indent=1) if options.json else text)
+    show(value, lines(value), options.json)
     return value
 
 
@@ -125,20 +123,12 @@ def document(
     device: str,
 ) -> dict[str, Any]:
     """The JSON document (schema 1)."""
-    subject, dataset = stored.subject, stored.subject.dataset
+    subject = stored.subject
     chosen = grids(subject, asked_for, fitted)
     found = [_measured(stored, options, c, chosen[c], fitted, device) for c in asked_for]
     names = list(dict.fromkeys(c[2] for c in asked_for))
     return {
-        "schema": 1,
-        "data": {
-            "name": dataset.name,
-            "split": options.split,
-            "n": found[0]["evaluated"]["n"],
-            "dims": dataset.dims,
-            "sha256": dataset.record.get("sha256"),
-        },
-        "model": {**subject.description, "weights": "ema", "step": stored.step},
+        **opening(subject, stored.step, options.split or stored.part, found[0]["evaluated"]["n"]),
         "fit": None if fitted is None else {"examples": len(fitted.error), "split": "train"},
         "seed": options.seed,
         "steps": found,
