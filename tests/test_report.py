@@ -574,3 +574,29 @@ def test_a_missing_level_of_the_strip_is_the_data() -> None:
     full = pictures.strip(forward, forward[::-1], np.array([-6, 6.0, np.inf]), figures.NARROW)
     assert short == full
     assert full != pictures.strip(forward, forward[::-1], np.array([-6, 6.0, 8]), figures.NARROW)
+
+
+def test_what_was_measured_beside_the_bound_has_its_section(tmp_path: Path) -> None:
+    """Savings of a few-call evaluation, short chains, the probability flow; none without them."""
+    run = make_run(tmp_path, "digits")
+    page = report.write(run).read_text()
+    for title in ("What the figure cost", "Short chains", "The probability flow"):
+        assert title not in page
+    path = next((run / "evaluation").glob("test*.json"))
+    document = json.loads(path.read_text())
+    savings = [{"name": "all of it", "se_mc": 0.00123, "calls_ratio": 1.0},
+               {"name": "without magic", "se_mc": 0.00456, "calls_ratio": 13.7}]  # fmt: skip
+    path.write_text(json.dumps({**document, "savings": savings}))
+    head = {"schema": 1, "data": {**document["data"], "n": 48}, "model": document["model"]}
+    one = entry(3.5, 0.02, 0.001, 48, 64)
+    row = {"latents": 25, "grid": "optimal", "variance": "optimal", "predicted": one,
+           "evaluated": entry(3.625, 0.02, 0.001, 48, 64)}  # fmt: skip
+    chains = {**head, "fit": {"examples": 33}, "steps": [row], "full": [], "continuous": one}
+    (run / "evaluation" / "steps-a.json").write_text(json.dumps(chains))
+    ode = {"total": entry(3.25, 0.05, 0.01, 48, 64), "reading": "of <b>x_1</b>", "trace": "exact",
+           "evaluations": {"mean": 77.2, "max": 131}}  # fmt: skip
+    (run / "evaluation" / "ode-a.json").write_text(json.dumps({**head, "ode": ode}))
+    page = report.write(run).read_text()
+    for text in ("without magic", "0.00456", "13.7 ×", "33 training examples", "3.625 ± 0.020",
+                 "of &lt;b&gt;x_1&lt;/b&gt;", "3.250 ± 0.050", "131"):  # fmt: skip
+        assert text in page, text

@@ -4,6 +4,7 @@
     metrics.jsonl                                 training losses and validation bounds by step
     evaluation/test*.json and .npz                the bound of the test part, and of each example
     evaluation/progressive-test*.json             rate and distortion of progressive coding
+    evaluation/steps-*.json, ode-*.json           the table of short chains; the probability flow
     samples/samples.npz, strip.npz                samples beside data, trajectories
 
 Of several evaluations of the test part the one of the latest step counts, and among those the one
@@ -46,6 +47,8 @@ class Run:
     samples: dict[str, Array]
     strip: dict[str, Array]
     progressive: Json
+    chains: Json
+    flow: Json
     training: Array
     """(m, 2) of step, loss in bits/dim."""
     validation: Array
@@ -81,6 +84,8 @@ def load(path: Path) -> Run:
         samples=_arrays(path / "samples" / "samples.npz", "samples"),
         strip=_arrays(path / "samples" / "strip.npz", "forward", "reverse", "logsnr"),
         progressive=_json(_curve(path / "evaluation"), "points", "rate", "distortion"),
+        chains=_latest(path / "evaluation", "steps-*.json", "steps", "full", "continuous"),
+        flow=_latest(path / "evaluation", "ode-*.json", "ode"),
         training=training,
         validation=validation,
     )
@@ -96,6 +101,13 @@ def _curve(folder: Path) -> Path:
     """The rate-distortion curve of the test part that counts: latest step, most calls."""
     found = list(sorted(folder.glob("progressive-test-*.json")))
     return max(found, key=_rank_curve, default=folder / "progressive-test.json")
+
+
+def _latest(folder: Path, pattern: str, *needed: str) -> Json:
+    """Of the test part: the document of the latest step, and of these that of most examples."""
+    found = [_json(path, "data", "model", *needed) for path in sorted(folder.glob(pattern))]
+    found = [document for document in found if document["data"].get("split") == "test"]
+    return max(found, key=lambda d: (d["model"].get("step", 0), d["data"]["n"]), default={})
 
 
 def _rank_curve(path: Path) -> tuple[int, float]:
