@@ -132,7 +132,7 @@ class FewCalls:
             node = self._node(rows, x_0, v, cdf, expected, f"round {number}", j)
             for column, value in zip(columns_of, node, strict=True):
                 column.append(value)
-            drawer.tick((plan.calls + self.calls) / len(drawer.data))
+            drawer.tick((plan.calls + self.calls + self.pilot_calls) / len(drawer.data))
         index, terms, stand_in, moved = (torch.stack(c, 1) for c in columns_of)
         sums = torch.einsum("bnq,nk->bkq", expected, phi[1:])
         return prior, sums, index, terms, stand_in, moved

@@ -10,7 +10,7 @@ import torch
 from nelbo import console
 from nelbo.evaluation import Evaluation
 from nelbo.evaluation import measure as measure_bounds
-from nelbo.fewcalls import Target
+from nelbo.fewcalls import Plan, Target
 from nelbo.recipes.recipe import Subject
 from nelbo.reverse import Reverse
 from nelbo.walks import devices
@@ -44,19 +44,26 @@ class Request:
 
 
 def measure(
-    subject: Subject, models: list[Reverse], request: Request, title: str = "evaluate"
+    subject: Subject,
+    models: list[Reverse],
+    request: Request,
+    title: str = "evaluate",
+    plan: Plan | None = None,
 ) -> list[Evaluation]:
     """The bounds of models on a part of the subject's data, with progress on stderr.
 
     Two models are measured on the same draws, and their difference is the third result.
+
+    Arguments:
+        plan: the devices of a few-call evaluation, if they were made before; see `plan_of`.
     """
     dataset = subject.dataset
     rows = getattr(dataset, request.split)[: request.limit]
     pilot = dataset.train[: request.pilot]
     tensors = [*models[0].parameters(), *models[0].buffers()]
     device = tensors[0].device if tensors else torch.device("cpu")  # an exact denoiser has none
-    few = request.few(len(subject.times))
-    plan = devices.plan_of(subject, rows, pilot, request.without) if few else None
+    if plan is None:
+        plan = plan_of(subject, request)
     with console.Meter(title, 1, "calls", request.quiet) as meter:
         progress = _Progress(meter, dataset.dims)
         return measure_bounds(
@@ -74,6 +81,15 @@ def measure(
             device=device,
             track=progress.track,
         )
+
+
+def plan_of(subject: Subject, request: Request) -> Plan | None:
+    """The devices of a few-call evaluation, which cost a fit to the training data; else None."""
+    if not request.few(len(subject.times)):
+        return None
+    dataset = subject.dataset
+    rows = getattr(dataset, request.split)[: request.limit]
+    return devices.plan_of(subject, rows, dataset.train[: request.pilot], request.without)
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ from nelbo import checkpoint, console
 from nelbo.design import enough
 from nelbo.errors import InputRefused, exit_code
 from nelbo.estimate import NATS
+from nelbo.fewcalls import Plan
 from nelbo.files import set_aside
 from nelbo.recipes.recipe import Recipe
 from nelbo.rundir import RunDirectory
 from nelbo.trainer import Record, Trainer
-from nelbo.walks.measuring import Request, measure
+from nelbo.walks.measuring import Request, measure, plan_of
 from nelbo.walks.signals import Stop
 from nelbo.walks.stored import PLAYER, best_step
 
@@ -38,6 +39,8 @@ class Session:
     losses: list[Record] = field(default_factory=list)
     mark: float = field(default_factory=time.monotonic)
     shown_loss: float = math.nan
+    plan: Plan | None = None
+    """The devices of the validation, once they were made."""
     logged: float = 0.0
 
     @property
@@ -154,7 +157,11 @@ class Session:
             return
         calls = enough(len(self.recipe.dataset.validation), self.recipe.options.validate_calls)
         request = Request("validation", calls, seed=0, quiet=True)
-        (result,) = measure(self.recipe, [self.model], request)
+        # controls must know the schedule of the very model that is measured: it may be learned
+        subject = replace(self.recipe, model=self.model)
+        if self.plan is None:  # the same data every time: what is fitted to them is kept
+            self.plan = plan_of(subject, request)
+        (result,) = measure(subject, [self.model], request, plan=self.plan)
         estimate = result.estimates()["total"].bits_per_dim(self.recipe.dataset.dims)
         self.validation = estimate.as_json()
         row = {"step": self.trainer.step, "seconds": round(self.seconds, 3)}
