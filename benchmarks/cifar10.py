@@ -34,7 +34,10 @@ NETWORK = (
     "--channels 128 --multipliers 1 2 2 2 --layers 3 --attention 16 8 --dropout 0.1 "
     "--batch 256 --rate 4e-4 --warmup 500 --ema 0.9995 --bf16 --compile"
 )
-TINY = "--channels 16 --multipliers 1 2 --layers 1 --attention 8 --dropout 0 --batch 16 --ema 0.99"
+TINY = (
+    "--channels 8 --multipliers 1 2 --layers 1 --attention 8 --dropout 0 --batch 16 --ema 0.99 "
+    "--latents 100 --samples 2"
+)
 BOUND = (
     "--objective continuous --predict velocity --logsnr-max 13.3 --logsnr-min -5 --fourier 7 8 "
     "--decay cosine --validate-every 0"
