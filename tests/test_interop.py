@@ -448,6 +448,10 @@ def test_other_schedulers_are_refused_by_name(folder: Path, name: str) -> None:
     edit(folder / "model_index.json", scheduler=["diffusers", name])
     with pytest.raises(InputRefused, match=f"_class_name: {name}: "):
         read(folder)
+    edit(folder / "model_index.json", scheduler=["diffusers", "DDPMScheduler"])
+    edit(folder / "scheduler" / "scheduler_config.json", _class_name=name)
+    with pytest.raises(InputRefused, match=f"_class_name: {name}: "):
+        read(folder)
 
 
 JUNK: list[Any] = [

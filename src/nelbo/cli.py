@@ -97,6 +97,7 @@ def sample(arguments: list[str]) -> int:
     from nelbo.walks import sample as walk
 
     _threads(options.threads)
+    walk.check(options)
     others = (interpolate, strips, conditional)
     next((other for other in others if other.asked(options)), walk).run(options)
     return 0

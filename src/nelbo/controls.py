@@ -192,6 +192,12 @@ class Shrinkage(Linear):
         return torch.where(logsnr[1:].isfinite(), terms, torch.zeros_like(terms))
 
 
+def _risk(energy: Tensor, snr: float) -> Tensor:
+    """(B,) Σ c² snr/(1 + c² snr) of energies c² (B, D), summed in float64."""
+    scaled = energy * snr
+    return (scaled / (1 + scaled)).sum(1, dtype=torch.float64)
+
+
 def _drop(logsnr_s: Tensor, logsnr_t: Tensor) -> Tensor:
     """snr_s − snr_t without cancellation, and finite where snr_t is 0."""
     return -logsnr_s.exp() * torch.expm1(logsnr_t - logsnr_s)

@@ -32,7 +32,7 @@ from torch import Tensor
 from nelbo.errors import UsageError
 from nelbo.randomness import generator
 
-LEAST = 40
+LEAST = 100
 """Network calls in all, below which less than two per example do not tell an error."""
 REPEATED = 0.1
 """Share of the calls that goes to examples already measured, where not all are measured twice."""

@@ -111,7 +111,7 @@ def measure(
     Arguments:
         data: (n, *shape) stored examples; `encode` turns rows into the model's scale.
         times: (N,) the grid of the bound.
-        calls: network calls per example, also below one; None, or N and more: the full bound.
+        calls: network calls per example, also below one; None, or a grid of one: the full bound.
         until: draw until an error is reached, instead of a number of calls.
         pilot: (m, *shape) stored training examples on which the design is fixed (few calls).
         plan: which devices a few-call evaluation uses.
@@ -128,7 +128,7 @@ def measure(
     drawers = [Drawer(m.eval(), data, encode, times, batch, seed, device, track) for m in models]
     try:
         with torch.no_grad():
-            if until is None and (calls is None or calls >= len(times)):
+            if len(times) == 1 or (until is None and calls is None):
                 results = _full(drawers, replicates or (2 if len(times) <= SHORT else 1), offset)
             else:
                 results = _few(drawers, calls, until, pilot, plan or Plan(), offset)

@@ -81,7 +81,8 @@ class Terms:
         grouped = [density[:, a : a + size].mean(1) for a in range(0, len(centre), size)]
         values = torch.stack(grouped, 1)
         where = torch.stack([centre[a : a + size].mean() for a in range(0, len(centre), size)])
-        return Integrand(where, values.mean(0), values.std(0) / math.sqrt(len(values)))
+        spread = values.std(0) if len(values) > 1 else torch.full_like(where, math.nan)
+        return Integrand(where, values.mean(0), spread / math.sqrt(len(values)))
 
 
 def _error_of(variances: Tensor) -> float:

@@ -243,10 +243,13 @@ def until(few: FewCalls, target: Target, first: float) -> None:
         target.report(spent, error)
         full = target.most is not None and spent >= 0.99 * target.most
         beyond = found.se**2 - found.se_mc**2 if target.error == "se" else 0.0
-        if error <= target.value or full or target.value**2 <= beyond:
+        # what more calls cannot lower is known well only where it is most of the error
+        hopeless = beyond > max(target.value**2, 2 * found.se_mc**2)
+        if error <= target.value or full or hopeless:
             return
-        needed = spent * found.se_mc**2 / (target.value**2 - beyond) * 1.1
-        step = max(spent, min(needed - spent, 16 * spent))
+        room = max(target.value**2 - beyond, target.value**2 / 4)
+        needed = spent * found.se_mc**2 / room * 1.1
+        step = max(spent, min(needed - spent, 8 * spent))
 
 
 def _allowed(step: float, spent: float, most: float | None) -> float:

@@ -169,9 +169,10 @@ def chain_of(fields: Fields, named: str | None = None) -> Chain:
     Raises:
         InputRefused: names the field that cannot be computed.
     """
-    name = named or str(fields.notes.get("_class_name", CHAIN_SCHEDULERS[0]))[:80]
-    if name not in CHAIN_SCHEDULERS:
-        fields.refuse("_class_name", f"{name}: {why_not(name)}; only DDPM and DDIM schedulers")
+    own = str(fields.notes.get("_class_name", named or CHAIN_SCHEDULERS[0]))[:80]
+    for name in (named or own, own):
+        if name not in CHAIN_SCHEDULERS:
+            fields.refuse("_class_name", f"{name}: {why_not(name)}; only DDPM and DDIM schedulers")
     for old, new in _LEGACY.items():
         if old in fields.left:
             if new in fields.left:

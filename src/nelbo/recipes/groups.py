@@ -65,6 +65,8 @@ class Training:
     """Network calls per validation example."""
     save_every: int = 1000
     """Updates between checkpoints."""
+    keep: int = 1
+    """Newest checkpoints that stay, besides the best one; evaluate --against compares them."""
     calls: int | None = 32
     """Network calls per test example at the end of the run; `None` for the full bound."""
     samples: int = 100

@@ -30,6 +30,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "validate_every": NUMBER,
     "validate_calls": COUNT,
     "save_every": COUNT,
+    "keep": COUNT,
     "calls": POSITIVE,
     "until": POSITIVE,
     "importance": COUNT,

@@ -29,6 +29,7 @@ from nelbo.recipes.foreign import is_foreign
 from nelbo.reverse import Reverse
 from nelbo.walks import fitting
 from nelbo.walks.conditions import Condition, check, condition_of, source
+from nelbo.walks.sample import folder_of
 from nelbo.walks.stored import Stored, device_of, open_run
 
 DRAWS = 8
@@ -70,7 +71,7 @@ def run(options: Sample) -> None:
     hole = f"-hole{options.hole}" if options.hole else ""
     what = f"{condition.kind}-{source(options).stem}{hole}"
     name = f"{what}-step{stored.step:08d}-{fitting.words(options, len(times))}"
-    folder = options.out or stored.directory.samples / name
+    folder = folder_of(options, stored, name)
     paths = write(folder, stored.subject.dataset, condition, found, options.seed)
     value = summary(found, condition)
     about = {"grid": len(times), "seed": options.seed, "step": stored.step}

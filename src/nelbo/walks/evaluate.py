@@ -11,6 +11,7 @@ from torch import Tensor
 from nelbo import console
 from nelbo.commands import Evaluate
 from nelbo.data.base import Dataset
+from nelbo.errors import UsageError
 from nelbo.estimate import Estimate
 from nelbo.evaluation import TERMS, Evaluation
 from nelbo.files import write_json_atomic
@@ -35,6 +36,7 @@ def document(subject: Subject, step: int, request: Request, result: Evaluation) 
         "calls_per_example": result.calls,
         "pilot_calls": result.pilot_calls,
         **few_entry(result, dataset.dims),
+        **target_entry(request, result, dataset.dims),
         "seed": request.seed,
         "terms": _terms(result, dataset.dims),
         "interval95": intervals(result, dataset.dims),
@@ -49,6 +51,22 @@ def few_entry(result: Evaluation, dims: int) -> dict[str, Any]:
         {"name": s.name, "se_mc": s.se_mc / scale, "calls_ratio": s.calls} for s in result.savings
     ]
     return {"savings": rows} if rows else {}
+
+
+def target_entry(request: Request, result: Evaluation, dims: int) -> dict[str, Any]:
+    """Whether the error that was asked for is reached, and if not, why."""
+    if request.until is None:
+        return {}
+    total = result.estimates()["total"].bits_per_dim(dims)
+    reached = getattr(total, request.error) <= request.until
+    beyond = math.sqrt(max(total.se**2 - total.se_mc**2, 0.0))
+    why = None
+    if not reached and request.error == "se" and beyond > request.until:
+        why = f"these examples alone make {beyond:.2g}, which only more examples can lower"
+    elif not reached:
+        why = f"stopped at --calls {request.calls or result.calls:g}"
+    asked = {"target": request.until, "of": request.error}
+    return {"until": {**asked, "reached": reached, "why": why}}
 
 
 def intervals(result: Evaluation, dims: int) -> dict[str, list[float] | None]:
@@ -138,7 +156,9 @@ def name_of(request: Request, step: int, latents: int) -> str:
     without = "".join(f"-no-{name}" for name in sorted(request.without))
     calls = "full"
     if request.few(latents):
-        calls = f"calls{request.calls:g}" if request.until is None else f"until{request.until:g}"
+        calls = "" if request.calls is None else f"calls{request.calls:g}"
+        if request.until is not None:
+            calls = f"until{request.until:g}{request.error}{calls}"
     return f"{part}-step{step:08d}-{calls}{many}{without}-seed{request.seed}"
 
 
@@ -163,11 +183,14 @@ def lines(value: dict[str, Any]) -> str:
         f"{data['name']}, {data['split']} split, n = {data['n']}, {data['dims']} dimensions\n"
         f"{model['parameterization']}, variance {model['variance']}, decoder {model['decoder']}\n"
         f"{model['grid']}; {_weights(value)}; "
-        f"{value['calls_per_example']:.4g} network calls per example\n"
+        f"{_calls(value)}\n"
     )
     header = ["bound", "bits/dim", "± se", "± se_mc", "bits/example"]
     table = console.clean(head) + "\n" + console.table(rows, header)
     parts = [table]
+    target = value.get("until")
+    if target is not None and not target["reached"]:
+        parts += [f"--until {target['target']:g} ({target['of']}) is not reached: {target['why']}"]
     parts += [_saved(value["savings"])] if "savings" in value else []
     parts += [weighted.lines(value)] if "importance" in value else []
     parts += [comparison.lines(value)] if "comparison" in value else []
@@ -179,6 +202,12 @@ def _saved(rows: list[dict[str, Any]]) -> str:
     header = ["the same calls", "± se_mc", "calls for the same error"]
     body = [[r["name"], f"{r['se_mc']:.5f}", f"{r['calls_ratio']:.3g}x"] for r in rows]
     return console.table(body, header)
+
+
+def _calls(value: dict[str, Any]) -> str:
+    calls, pilot = value["calls_per_example"], value["pilot_calls"]
+    more = f", and {pilot} in all for the pilot" if pilot else ""
+    return f"{calls:.4g} network call{'s' * (calls != 1)} per example{more}"
 
 
 def _weights(value: dict[str, Any]) -> str:
@@ -213,7 +242,22 @@ def run(options: Evaluate) -> dict[str, Any]:
 
 
 def request_of(options: Evaluate) -> Request:
-    """What the options ask for."""
+    """What the options ask for.
+
+    Raises:
+        UsageError: one of them would have no effect.
+    """
+    few = options.calls is not None or options.until is not None
+    idle = {
+        "--error": options.error != "se_mc" and options.until is None and "--until",
+        "--without": options.without and not few and "--calls or --until",
+        "--against-checkpoint": options.against_checkpoint != "newest"
+        and options.against is None
+        and "--against",
+    }
+    for name, needed in idle.items():
+        if needed:
+            raise UsageError(f"{name} does nothing without {needed}: give it too")
     return Request(
         options.split or "test",
         options.calls,

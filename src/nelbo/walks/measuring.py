@@ -40,7 +40,7 @@ class Request:
 
     def few(self, latents: int) -> bool:
         """Whether this is not the full bound."""
-        return self.until is not None or (self.calls is not None and self.calls < latents)
+        return latents > 1 and (self.until is not None or self.calls is not None)
 
 
 def measure(

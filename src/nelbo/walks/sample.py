@@ -157,6 +157,22 @@ def _check_flow(name: str, model: Reverse, times: Tensor) -> None:
         )
 
 
+def check(options: Sample) -> None:
+    """Refuse options that would have no effect.
+
+    Raises:
+        UsageError: names the option that is missing.
+    """
+    idle = {
+        "--eta": options.eta != 0 and options.sampler != "ddim" and "--sampler ddim",
+        "--grid": options.grid != "even" and options.steps is None and "--steps",
+        "--at": options.at != Sample.at and options.interpolate is None and "--interpolate",
+    }
+    for name, needed in idle.items():
+        if needed:
+            raise UsageError(f"{name} does nothing without {needed}: give it too")
+
+
 def run(options: Sample) -> None:
     """`nelbo sample`: open, draw, write, print where."""
     device = device_of(options.device)
@@ -188,13 +204,23 @@ def run(options: Sample) -> None:
 
 
 def folder_of(options: Sample, stored: Stored, name: str) -> Path:
-    """Where samples go: --out, the run, or ./samples for a checkpoint of another code base.
+    """A new folder for samples: --out, or a free name in the run (for a checkpoint of another code
+    base in ./samples, under its own name).
 
     Raises:
-        UsageError: it exists, and is not a run's own.
+        UsageError: --out exists.
     """
-    run = stored.assumed is None
-    folder = options.out or (stored.directory.samples if run else Path("samples")) / name
-    if folder.exists() and not (run and options.out is None):
-        raise UsageError(f"{folder} exists, and nothing in it is overwritten: name another --out")
-    return folder
+    if options.out is not None:
+        if options.out.exists():
+            raise UsageError(
+                f"{options.out} exists, and nothing in it is overwritten: name another --out"
+            )
+        return options.out
+    place = stored.directory.samples / name
+    if stored.assumed is not None:
+        place = Path("samples") / f"{options.run.resolve().name}-{name}"
+    found, number = place, 1
+    while found.exists():
+        number += 1
+        found = place.with_name(f"{place.name}-{number}")
+    return found

@@ -113,7 +113,8 @@ class Session:
         if not path.exists():
             checkpoint.save(path, self.trainer.state_dict(), info)
         best = best_step(self.directory)
-        checkpoint.prune(root, {self.trainer.step} | (set() if best is None else {best}))
+        newest = [step for step, _ in checkpoint.steps(root)][-self.recipe.options.keep :]
+        checkpoint.prune(root, {self.trainer.step, *newest, *(() if best is None else (best,))})
         self.status("running")
 
     # --- the loop --------------------------------------------------------------------------

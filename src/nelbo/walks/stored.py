@@ -175,11 +175,14 @@ def _choose(directory: RunDirectory, which: str) -> tuple[int, checkpoint.Loaded
             console.say(f"skipped: {problem}")
         return step, loaded
     wanted = best_step(directory) if which == "best" else which
-    if wanted is None or not str(wanted).isdigit():
-        have = ", ".join(str(step) for step, _ in checkpoint.steps(directory.checkpoints))
-        raise UsageError(f"--checkpoint {which}: take newest, best or one of the steps {have}")
-    path = checkpoint.step_path(directory.checkpoints, int(wanted))
-    return int(wanted), checkpoint.load(path)
+    known = [str(step) for step, _ in checkpoint.steps(directory.checkpoints)]
+    if str(wanted) not in known:
+        raise UsageError(
+            f"checkpoint {which} of {directory.path}: take newest, best or one of the steps "
+            f"{', '.join(known)} (training keeps as many as --keep says)"
+        )
+    step = int(str(wanted))
+    return step, checkpoint.load(checkpoint.step_path(directory.checkpoints, step))
 
 
 def best_step(directory: RunDirectory) -> int | None:
