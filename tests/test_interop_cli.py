@@ -138,7 +138,9 @@ def test_samples(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (array,) = (tmp_path / "samples").rglob("samples.npz")
     with np.load(array) as stored:
         assert stored["samples"].shape == (3, 1, 8, 8) and stored["samples"].dtype == np.uint8
-    code, _, err = silent(words)
+    code, out, err = silent(words)
+    assert code == 0 and len(list((tmp_path / "samples").rglob("samples.npz"))) == 2
+    code, _, err = silent([*words, "--out", str(array.parent)])
     assert code == 2 and "nothing in it is overwritten" in err
     more = ["--out", "other", "--sampler", "ddim", "--steps", "5", "--scaling", "unit", "--json"]
     code, out, err = silent([*words, *more])

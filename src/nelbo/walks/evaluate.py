@@ -182,7 +182,7 @@ def lines(value: dict[str, Any]) -> str:
     head = (
         f"{data['name']}, {data['split']} split, n = {data['n']}, {data['dims']} dimensions\n"
         f"{model['parameterization']}, variance {model['variance']}, decoder {model['decoder']}\n"
-        f"{model['grid']}; {_weights(value)}; "
+        f"{model['grid']}; {_weights(value)}\n"
         f"{_calls(value)}\n"
     )
     header = ["bound", "bits/dim", "± se", "± se_mc", "bits/example"]

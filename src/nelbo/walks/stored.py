@@ -178,7 +178,7 @@ def _choose(directory: RunDirectory, which: str) -> tuple[int, checkpoint.Loaded
     known = [str(step) for step, _ in checkpoint.steps(directory.checkpoints)]
     if str(wanted) not in known:
         raise UsageError(
-            f"checkpoint {which} of {directory.path}: take newest, best or one of the steps "
+            f"--checkpoint {which}: of {directory.path} take newest, best or one of the steps "
             f"{', '.join(known)} (training keeps as many as --keep says)"
         )
     step = int(str(wanted))
