@@ -30,8 +30,7 @@ from nelbo.evaluation import evaluate
 from nelbo.parameterizations import with_variance
 from nelbo.processes.gaussian import Gaussian
 from nelbo.reverse import Reverse, strided
-from nelbo.schedules import Cosine, Harmonic, Linear, LogSNRLinear, Schedule
-from nelbo.subsets import even
+from nelbo.schedules import Cosine, Harmonic, Linear, LogSNRLinear, Schedule, even
 from nelbo.variances import Between, Optimal, Posterior, Transition, Variance
 
 DATA = GaussianData([0.5, -1.0], [[0.49, 0.2], [0.2, 0.3]])

@@ -302,6 +302,9 @@ def test_until_an_error_is_reached() -> None:
     assert abs(total.mean - float(truth.mean())) < 5 * total.se_mc
     capped = evaluate(model, x_0, times, until=Target(1e-9, most=6), pilot=draw(16))
     assert 5 < capped.calls <= 6.1
+    # what is left of the cap need not make a design of its own
+    small = evaluate(model, x_0[:40], times, until=Target(1e-9, most=5), pilot=draw(16))
+    assert 4 <= small.calls <= 5
     floor = math.sqrt(total.se**2 - total.se_mc**2)
     population = evaluate(model, x_0, times, until=Target(floor / 2, "se"), pilot=draw(16))
     assert population.estimates()["total"].se > floor / 2, "300 examples cannot say more"

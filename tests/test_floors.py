@@ -34,7 +34,7 @@ _FLOORS = {
     "spacing": (0, 2),
     "checkpoint": (0, 2),
     "subsets": (0, 2),
-    "interpolate": (0, 1),
+    "windows": (0, 1),
     "console": (0, 2),
     "learned_schedule": (0, 2),
     "timesampling": (0, 2),

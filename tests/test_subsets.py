@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nelbo.subsets import best_subsets, even
+from nelbo.schedules import even
+from nelbo.subsets import best_subsets
 
 
 def brute(pair: Tensor, first: Tensor, size: int) -> tuple[float, tuple[int, ...]]:

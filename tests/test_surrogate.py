@@ -100,9 +100,9 @@ def test_least_squares_finds_the_coefficients_and_keeps_to_its_columns() -> None
 )
 def test_few_draws_bear_few_columns(draws: int, out: set[str]) -> None:
     index = torch.ones(draws, dtype=torch.int64)
-    assert set(unaffordable(nodes(index))) == out
+    assert set(unaffordable(draws, 0, nodes(index))) == out
     assert hat_count(draws, nodes(index), N - 1) <= max(1, draws // 60)
 
 
 def test_many_draws_of_the_decoder_bear_its_features() -> None:
-    assert unaffordable(nodes(torch.arange(400) % 2)) == []
+    assert unaffordable(400, 200, nodes(torch.arange(400) % 2)) == []

@@ -66,7 +66,8 @@ def account(base: Tensor, residuals: Tensor, design: Design, latin: bool = True)
     share = [int(t.isfinite().sum()) / design.calls for t in (design.first, design.second)]
     first, second = _part(residuals[:, :k]), _part(residuals[:, k:])
     weights = [share[r] * _weight(part, design.folds) for r, part in enumerate((first, second))]
-    values = base + weights[0] * first.nan_to_num() + weights[1] * second.nan_to_num()
+    seen = [torch.where(part.isfinite(), part, 0.0) for part in (first, second)]
+    values = base + weights[0] * seen[0] + weights[1] * seen[1]
     raw = [_part(t) for t in (level[:, :k], level[:, k:])]
     parts = [_centred(part, design.folds) for part in raw]
     # both residuals of an example have the same mean, so that their gap needs no centring

@@ -37,11 +37,12 @@ from nelbo.distributions import expm1_minus, per_example
 from nelbo.drawing import Drawer
 from nelbo.errors import NumericalFailure
 from nelbo.estimate import Estimate
-from nelbo.interpolate import chebyshev, lagrange, neighbours
 from nelbo.processes.gaussian import Gaussian
 from nelbo.reverse import Decoder, Prediction, Reverse, gaussian_process
-from nelbo.subsets import Subsets, best_subsets, even
+from nelbo.schedules import even
+from nelbo.subsets import Subsets, best_subsets
 from nelbo.variances import Optimal, Variance
+from nelbo.windows import chebyshev, lagrange, neighbours
 
 NODES = 7
 """Variances at which a decoder that follows the first pair is measured, at every first time."""

@@ -113,7 +113,7 @@ class _Walk:
 
     def _factor(self, rows: Tensor, size: Tensor, good: Tensor) -> Tensor:
         # a step that ended where the field has no value is tried again at a fifth
-        size = size.nan_to_num(nan=1e30, posinf=1e30).clamp(min=1e-30)
+        size = torch.where(size.isfinite(), size, 1e30).clamp(min=1e-30)
         plain = SAFETY * size**-NOW
         most = torch.where(self.repeated[rows], 1.0, MOST)
         after = torch.minimum((plain * self.error[rows] ** BEFORE).clamp(min=LEAST), most)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -73,19 +74,46 @@ class Evaluation:
         return {name: (total.mean - w, total.mean + w) for name, w in widths.items()}
 
 
-def evaluate(model: Reverse, data: Tensor, times: Tensor, **how: object) -> Evaluation:
-    """Measure the bound of every example; see `measure` for the arguments."""
-    return measure([model], data, times, **how)[0]  # type: ignore[arg-type]
+class How(TypedDict, total=False):
+    """The keyword arguments of `measure`, which says what they mean."""
+
+    encode: Callable[[Tensor], Tensor]
+    calls: float | None
+    until: Target | None
+    pilot: Tensor | None
+    plan: Plan | None
+    replicates: int | None
+    batch: int
+    seed: int
+    offset: float
+    device: str | torch.device
+    track: Callable[[int, int], None]
+
+
+def evaluate(model: Reverse, data: Tensor, times: Tensor, **how: Unpack[How]) -> Evaluation:
+    """Measure the bound of every example.
+
+    Arguments:
+        data: (n, *shape) stored examples. times: (N,) the grid. how: see `measure`.
+    Raises:
+        UsageError, NumericalFailure: as `measure`.
+    """
+    return measure([model], data, times, **how)[0]
 
 
 def compare(
-    model: Reverse, other: Reverse, data: Tensor, times: Tensor, **how: object
+    model: Reverse, other: Reverse, data: Tensor, times: Tensor, **how: Unpack[How]
 ) -> tuple[Evaluation, Evaluation, Evaluation]:
     """Two models of one process on the same examples, times and noise, and model less other.
 
     The noise that both share drops out of the difference, whose error is its own.
+
+    Arguments:
+        data: (n, *shape) stored examples. times: (N,) the grid. how: see `measure`.
+    Raises:
+        UsageError, NumericalFailure: as `measure`.
     """
-    one, two, difference = measure([model, other], data, times, **how)  # type: ignore[arg-type]
+    one, two, difference = measure([model, other], data, times, **how)
     return one, two, difference
 
 

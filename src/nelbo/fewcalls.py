@@ -27,7 +27,7 @@ from torch import Tensor
 from nelbo.accounting import Account, account
 from nelbo.bound import prior_term
 from nelbo.controls import Control
-from nelbo.design import Design, design
+from nelbo.design import Design, design, enough
 from nelbo.drawing import Drawer, check_finite
 from nelbo.pilot import Draws, draw, expectation, fluctuation, probabilities
 from nelbo.rounds import Round
@@ -108,7 +108,7 @@ class FewCalls:
         known = self.features[drawn.nonzero()[:, 0]]
         nodes = Nodes(index[drawn].long(), stand_in[drawn], moved[drawn], known)
         check_finite(torch.where(drawn[..., None], terms, 0.0).sum((1, 2)) + prior.sum(1))
-        place = index.nan_to_num(nan=-1.0).long()
+        place = torch.where(drawn, index, -1.0).long()
         self.rounds.append(Round(plan, p, basis, prior, sums, place, terms, nodes, self.features))
 
     def _probabilities(self) -> Tensor:
@@ -241,7 +241,7 @@ def until(few: FewCalls, target: Target, first: float) -> None:
         error = getattr(found, target.error)
         spent = few.calls / n
         target.report(spent, error)
-        full = target.most is not None and spent >= 0.99 * target.most
+        full = target.most is not None and not _another(n, target.most - spent, target.most)
         beyond = found.se**2 - found.se_mc**2 if target.error == "se" else 0.0
         # what more calls cannot lower is known well only where it is most of the error
         hopeless = beyond > max(target.value**2, 2 * found.se_mc**2)
@@ -250,6 +250,11 @@ def until(few: FewCalls, target: Target, first: float) -> None:
         room = max(target.value**2 - beyond, target.value**2 / 4)
         needed = spent * found.se_mc**2 / room * 1.1
         step = max(spent, min(needed - spent, 8 * spent))
+
+
+def _another(n: int, left: float, most: float) -> bool:
+    """Whether what is left of `most` calls per example makes a design of its own."""
+    return left > 0.01 * most and enough(n, left) <= left
 
 
 def _allowed(step: float, spent: float, most: float | None) -> float:

@@ -129,7 +129,7 @@ def _best(drawer: Drawer, draws: Draws, y: Tensor) -> Tensor:
     # every place weighs the same in the fit, whatever the size of its terms
     kinds = groups(basis, draws.nodes.stand_in.shape[1], draws.nodes.features.shape[1])
     keep = torch.ones(z.shape[1], dtype=torch.bool)
-    for name in unaffordable(draws.nodes):
+    for name in unaffordable(len(y), int((index == 0).sum()), draws.nodes):
         keep &= ~kinds[name]
     left = y - z @ Gram.of(z, y, size[index]).solve(keep)
     freedom = (len(y) / max(len(y) - int(keep.sum()) - len(at), len(y) / 3)) ** 0.5

@@ -75,7 +75,8 @@ class Round:
             fit: on the other folds as well; otherwise on the pilot alone.
         """
         kinds = groups(self.basis, self.sums.shape[2], self.features.shape[1])
-        left_out = [*without, *unaffordable(self.nodes)]
+        count = len(self.nodes.index)
+        left_out = [*without, *unaffordable(count, count * float(self.p[0]), self.nodes)]
         keep = ~sum((kinds[name] for name in left_out), torch.zeros_like(kinds["decoder"]))
         z, y, p = columns(self.basis, self.nodes), self.values(weights), self.probability()
         fold = self.design.folds[self.drawn.nonzero()[:, 0]]

@@ -161,9 +161,7 @@ class Stepped(Schedule, ABC):
         steps = self.steps if steps is None else steps
         if not 1 <= steps <= self.steps:
             raise ValueError(f"a chain of {self.steps} steps has no grid of {steps}")
-        stride = (self.steps - 1) / max(steps - 1, 1)
-        kept = [round(m * stride) for m in range(steps)] if steps > 1 else [self.steps - 1]
-        return self.times(kept)
+        return self.times(even(self.steps, steps).tolist())
 
     def times(self, kept: Sequence[int]) -> Tensor:
         """Times (N,) of the steps with the given 0-based numbers, which must increase."""
@@ -171,6 +169,19 @@ class Stepped(Schedule, ABC):
         if index.numel() == 0 or bool((index.diff() <= 0).any()):
             raise ValueError(f"step numbers must increase and not be empty: {list(kept)[:8]}")
         return (index + 1) / self.steps
+
+
+def even(count: int, size: int) -> Tensor:
+    """(size,) places 0..count−1 at rounded even distance, first and last included; one: the last.
+
+    Arguments:
+        count: N. size: K ≤ N.
+    """
+    assert 1 <= size <= count
+    if size == 1:
+        return torch.tensor([count - 1])
+    stride = (count - 1) / (size - 1)
+    return torch.tensor([round(m * stride) for m in range(size)])
 
 
 def _check_betas(betas: Tensor) -> None:

@@ -46,19 +46,6 @@ class Subsets:
         return torch.tensor(path[::-1])
 
 
-def even(count: int, size: int) -> Tensor:
-    """(size,) places 0..count−1 at rounded even distance, first and last included; one: the last.
-
-    Arguments:
-        count: N. size: K ≤ N.
-    """
-    assert 1 <= size <= count
-    if size == 1:
-        return torch.tensor([count - 1])
-    stride = (count - 1) / (size - 1)
-    return torch.tensor([round(m * stride) for m in range(size)])
-
-
 def best_subsets(pair: Tensor, first: Tensor, most: int) -> Subsets:
     """The best subsets of all sizes up to `most`.
 

@@ -118,12 +118,17 @@ def groups(basis: Basis, controls: int, features: int) -> dict[str, Tensor]:
     }
 
 
-def unaffordable(nodes: Nodes) -> list[str]:
-    """Groups of columns for which there are too few of these draws, even with one hat."""
+def unaffordable(draws: int, decoder: float, nodes: Nodes) -> list[str]:
+    """Groups of columns for which there are too few draws, even with one hat.
+
+    Arguments:
+        draws: M. decoder: how many of them are of the decoder, as planned: what was drawn must not
+            choose the columns that it is weighed by.
+        nodes: any, for the numbers of controls and features.
+    """
     width, features = 1 + 2 * nodes.stand_in.shape[1], nodes.features.shape[1]
-    decoder = int((nodes.index == 0).sum())
     found = ["decoder features"] if decoder < LEAST * (1 + features) else []
-    pairs = len(nodes.index) - decoder
+    pairs = draws - decoder
     if pairs < LEAST * (width + features):
         found += ["features"]
     return found + (["control"] if pairs < LEAST * width else [])

@@ -9,7 +9,7 @@ discrete and have no such term.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,27 @@ class Dataset:
     labels: dict[str, Tensor] | None = None
     rows: dict[str, Tensor] | None = None
     binary: bool = False
+
+    @classmethod
+    def of_levels(
+        cls,
+        name: str,
+        parts: Mapping[str, Tensor],
+        levels: int,
+        record: dict[str, Any],
+        truth: Truth | None = None,
+        binary: bool = False,
+    ) -> Dataset:
+        """Data with levels, which need no scale of their own.
+
+        Arguments:
+            parts: "train", "validation" and "test", each (n, *shape) uint8.
+        """
+        zero = torch.zeros((), dtype=torch.float64)
+        train, validation, test = (parts[part] for part in ("train", "validation", "test"))
+        return cls(
+            name, train, validation, test, levels, zero, 1.0, record, truth=truth, binary=binary
+        )
 
     def shape(self) -> tuple[int, ...]:
         """Shape of one example."""

@@ -78,17 +78,7 @@ def _dataset(path: Path, parts: dict[str, Tensor], own: bool) -> Dataset:
     rule = "order of the SHA-256 of a row's bytes and of the number of equal rows before it"
     record = origin.record(parts, f"the set's own test part; {rule}" if own else rule, sums)
     record["distinct rows"] = len(set(sums))
-    return Dataset(
-        name="bits",
-        train=parts["train"],
-        validation=parts["validation"],
-        test=parts["test"],
-        levels=2,
-        shift=torch.zeros((), dtype=torch.float64),
-        scale=1.0,
-        record=record,
-        binary=True,
-    )
+    return Dataset.of_levels("bits", parts, 2, record, binary=True)
 
 
 def _rows(array: np.ndarray, path: Path) -> np.ndarray:

@@ -72,16 +72,7 @@ def deadleaves(
         "radius density": f"r^-3 on [{radius_min:g}, {radius_max:g}] pixels",
         "levels of disks": f"uniform on 0..{LEVELS - 1}",
     }
-    return Dataset(
-        name="deadleaves",
-        train=parts["train"],
-        validation=parts["validation"],
-        test=parts["test"],
-        levels=LEVELS,
-        shift=torch.zeros((), dtype=torch.float64),
-        scale=1.0,
-        record=record,
-    )
+    return Dataset.of_levels("deadleaves", parts, LEVELS, record)
 
 
 def radii(count: int, limits: tuple[float, float], random: torch.Generator) -> Tensor:

@@ -65,18 +65,9 @@ def heartbeat(
         parts[part] = all_rows[torch.randint(period, (count,), generator=random)]
     origin = Provenance("heartbeat", None, levels=2, licence="generated: free of rights")
     sums = [digest for rows in parts.values() for digest in digests(rows.numpy())]
-    return Dataset(
-        name="heartbeat",
-        train=parts["train"],
-        validation=parts["validation"],
-        test=parts["test"],
-        levels=2,
-        shift=torch.zeros(length, dtype=torch.float64),
-        scale=1.0,
-        record=origin.record(parts, "independent draws of the phase", sums, seed),
-        truth=Truth(math.log(period), 0.0, lambda rows: _log_prob(all_rows, rows)),
-        binary=True,
-    )
+    record = origin.record(parts, "independent draws of the phase", sums, seed)
+    truth = Truth(math.log(period), 0.0, lambda rows: _log_prob(all_rows, rows))
+    return Dataset.of_levels("heartbeat", parts, 2, record, truth, binary=True)
 
 
 def _log_prob(known: Tensor, rows: Tensor) -> Tensor:

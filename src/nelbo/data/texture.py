@@ -86,16 +86,7 @@ def texture(
     record = origin.record(parts, rule, [key], seed)
     for part, region in regions.items():
         record["split"][part]["region"] = region
-    return Dataset(
-        name="texture",
-        train=parts["train"],
-        validation=parts["validation"],
-        test=parts["test"],
-        levels=LEVELS,
-        shift=torch.zeros((), dtype=torch.float64),
-        scale=1.0,
-        record=record,
-    )
+    return Dataset.of_levels("texture", parts, LEVELS, record)
 
 
 def _regions(shape: tuple[int, ...], size: int, path: Path) -> dict[str, dict[str, int]]:

@@ -102,17 +102,9 @@ class Heartbeat(Options, BitDiffusion):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeadLeaves(Options, Diffusion, UNetShape):
-    """Dead leaves: grey disks that occlude each other, radii of density r^-3."""
+class Patches(Options, Diffusion, UNetShape):
+    """Small pictures without end, and a network that a laptop trains on them in minutes."""
 
-    examples: int = 10_000
-    """Training images."""
-    size: int = 32
-    """Side of an image."""
-    radius_min: float = 2.0
-    """Least radius of a disk, pixels."""
-    radius_max: float = 16.0
-    """Greatest radius of a disk, pixels."""
     steps: int = 3000
     batch: int = 32
     channels: int = 32
@@ -124,7 +116,21 @@ class DeadLeaves(Options, Diffusion, UNetShape):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Texture(Options, Diffusion, UNetShape):
+class DeadLeaves(Patches):
+    """Dead leaves: grey disks that occlude each other, radii of density r^-3."""
+
+    examples: int = 10_000
+    """Training images."""
+    size: int = 32
+    """Side of an image."""
+    radius_min: float = 2.0
+    """Least radius of a disk, pixels."""
+    radius_max: float = 16.0
+    """Greatest radius of a disk, pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texture(Patches):
     """Random crops of one photograph, from regions that share no pixel."""
 
     path: tyro.conf.Positional[Path]
@@ -135,14 +141,6 @@ class Texture(Options, Diffusion, UNetShape):
     """Side of a crop."""
     color: bool = False
     """RGB crops instead of grey ones."""
-    steps: int = 3000
-    batch: int = 32
-    channels: int = 32
-    layers: int = 1
-    attention: tuple[int, ...] = (8,)
-    dropout: float = 0.0
-    calls: int | None = 16
-    samples: int = 36
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,8 +26,8 @@ from nelbo.errors import UsageError
 from nelbo.parameterizations import GaussianParameterization, with_variance
 from nelbo.recipes.recipe import Subject
 from nelbo.reverse import Reverse, gaussian_process, strided
+from nelbo.schedules import even
 from nelbo.spacing import even_logsnr
-from nelbo.subsets import even
 from nelbo.variances import Posterior, Transition, Variance
 from nelbo.walks.stored import Stored, save_arrays
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nelbo.interpolate import chebyshev, lagrange, neighbours
+from nelbo.windows import chebyshev, lagrange, neighbours
 
 
 def test_means_are_symmetric_and_keep_lines() -> None:
