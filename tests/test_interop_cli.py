@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,11 @@ from PIL import Image
 from tiny import silent
 
 from nelbo.data.embedded import digits
+from nelbo.errors import UsageError
+from nelbo.recipes.build import build
+from nelbo.recipes.foreign import Unit
+from nelbo.recipes.options import Digits
+from nelbo.walks import against
 
 TINY = Path(__file__).parent / "golden" / "diffusers_tiny"
 
@@ -159,3 +165,28 @@ def test_all_examples_of_a_run(finished_run: Path) -> None:
     code, out, err = silent([*words, "--json", "--quiet"])
     assert code == 0, err
     assert json.loads(out)["data"]["split"] == "all" and "assumed" not in json.loads(out)
+
+
+def test_a_checkpoint_against_itself(folder: Path, data: Path) -> None:
+    more = ["--against", str(folder), "--calls", "2", "--quiet"]
+    code, out, err = evaluate(folder, data, *more)
+    assert code == 0, err
+    assert "examples, times and noise" in out and "cannot be told" in out
+    assert out.count("assumed, since the files do not say") == 2, "of both models"
+    code, out, err = evaluate(folder, data, *more, "--json")
+    value = json.loads(out)
+    assert code == 0 and value["difference"]["total"]["mean"] == 0
+    assert value["assumed"] == value["against"]["assumed"]
+
+
+def test_models_that_see_the_data_on_other_scales_share_no_latents() -> None:
+    one = build(Digits(latents=20))
+    unit = Unit(**vars(one.dataset))
+    other = dataclasses.replace(one, dataset=unit)
+    against.check_data(one, other, "test")
+    assert against.same_draws(one, one) and not against.same_draws(one, other)
+    fewer = dataclasses.replace(one.dataset, validation=one.dataset.validation[:50])
+    elsewhere = dataclasses.replace(one, dataset=fewer)
+    against.check_data(one, elsewhere, "test")
+    with pytest.raises(UsageError, match="same validation part"):
+        against.check_data(one, elsewhere, "validation")

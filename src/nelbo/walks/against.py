@@ -6,7 +6,6 @@ difference is known far better than either bound. Models of other grids share th
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,8 +22,9 @@ from nelbo.files import write_json_atomic
 from nelbo.randomness import key
 from nelbo.recipes.recipe import Subject
 from nelbo.walks import evaluate as evaluating
+from nelbo.walks.documents import marked, show
 from nelbo.walks.measuring import Request, measure
-from nelbo.walks.stored import Stored, device_of, opened, opened_beside, save_arrays
+from nelbo.walks.stored import Stored, assumptions, device_of, opened, opened_beside, save_arrays
 
 OPTION = "--against"
 DRAWS, EXAMPLES = "examples, times and noise", "examples"
@@ -41,8 +41,12 @@ class Comparison:
     shared: str
 
 
-def check_data(one: Subject, other: Subject) -> None:
-    """Refuse to compare bounds of different data, which are different quantities."""
+def check_data(one: Subject, other: Subject, split: str) -> None:
+    """Refuse to compare bounds of different data, which are different quantities.
+
+    Raises:
+        UsageError: other files, levels, or another part of them.
+    """
     names = [s.dataset.record.get("sha256") for s in (one, other)]
     if names[0] != names[1] or one.dataset.shape() != other.dataset.shape():
         raise UsageError(
@@ -50,14 +54,23 @@ def check_data(one: Subject, other: Subject) -> None:
             f"{other.dataset.name}, SHA-256 {str(names[0])[:12]}... and {str(names[1])[:12]}...): "
             "bounds of different data cannot be compared"
         )
+    parts = [getattr(s.dataset, split) for s in (one, other)]
+    if one.dataset.levels != other.dataset.levels or not torch.equal(*parts):
+        raise UsageError(
+            f"the two models do not have the same {split} part (or levels) of {one.dataset.name}: "
+            "take --split test, or models that were trained with the same --validation"
+        )
 
 
 def same_draws(one: Subject, other: Subject) -> bool:
-    """Whether both have the same latents: one x_t serves both."""
+    """Whether both have the same latents on the same scale: one x_t serves both."""
     if len(one.times) != len(other.times):
         return False
     if type(one.model.process) is not type(other.model.process):
         return False
+    rows = one.dataset.train[:2]
+    if not torch.equal(one.dataset.encode(rows), other.dataset.encode(rows)):
+        return False  # the networks see the data on other scales
     grids = [s.model.process.schedule.logsnr(s.times).cpu() for s in (one, other)]
     # an exported chain comes back from its betas, equal to rounding
     pairs = (grids, [one.times, other.times])
@@ -66,7 +79,7 @@ def same_draws(one: Subject, other: Subject) -> bool:
 
 def compare(one: Subject, other: Subject, request: Request) -> Comparison:
     """Measure both on the same examples, and on the same draws where that is possible."""
-    check_data(one, other)
+    check_data(one, other, request.split)
     if same_draws(one, other):
         a, b, d = measure(one, [one.model, other.model], request, "compare")
         return Comparison(a, b, d.estimates(), d.values()["total"], DRAWS)
@@ -90,9 +103,10 @@ def document(one: Stored, other: Stored, request: Request, found: Comparison) ->
     value = evaluating.document(one.subject, one.step, request, found.one)
     against = evaluating.document(other.subject, other.step, request, found.other)
     entries = {name: evaluating.entry(e, dims) for name, e in found.difference.items()}
+    beside = {key: against[key] for key in ("model", "terms", "calls_per_example")}
     return {
-        **value,
-        "against": {key: against[key] for key in ("model", "terms", "calls_per_example")},
+        **marked(one, value),
+        "against": beside if other.assumed is None else {**beside, "assumed": other.assumed},
         "difference": entries,
         "shared": found.shared,
     }
@@ -106,7 +120,8 @@ def write(stored: Stored, request: Request, value: dict[str, Any], found: Compar
     folder.mkdir(parents=True, exist_ok=True)
     latents = len(stored.subject.times)
     name = evaluating.name_of(request, stored.step, latents)
-    other = f"step{value['against']['model']['step']:08d}"
+    step = value["against"]["model"]["step"]
+    other = "foreign" if "assumed" in value["against"] else f"step{step:08d}"
     path = folder / f"against-{other}-{name}.json"
     number = 1
     while path.exists():  # another run can have the same step
@@ -164,6 +179,10 @@ def run(options: Evaluate) -> dict[str, Any]:
     found = compare(one.subject, other.subject, request)
     value = document(one, other, request, found)
     write(one, request, value, found)
-    names = [f"{stored.directory.path}, step {stored.step}" for stored in (one, other)]
-    print(json.dumps(value, indent=1) if options.json else lines(value, (names[0], names[1])))
+    places = ((options.run, one), (options.against, other))
+    names = [f"{path}, step {s.step}" if s.assumed is None else str(path) for path, s in places]
+    text = lines(value, (names[0], names[1]))
+    if other.assumed is not None:
+        text += f"\n\nthe second, {assumptions(other.assumed)}"
+    show(value, text, options.json)
     return value
