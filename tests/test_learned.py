@@ -13,6 +13,7 @@ from oracles import GaussianData, exact_model, expected_bound, gaussian_points
 from tiny import silent
 from torch import Tensor, nn
 
+from nelbo.averages import Warming
 from nelbo.bound import bound, draw, term_of
 from nelbo.decoders import Density, EdgeFixed
 from nelbo.objectives import Vlb
@@ -177,7 +178,7 @@ def test_training_betas_lowers_the_exact_bound() -> None:
         torch.manual_seed(step)
         return MEAN + VARIANCE**0.5 * torch.randn(128, 2, dtype=torch.float64)
 
-    trainer = Trainer([player], batch, Rate(0.03, 150), steps=150, seed=0, ema=0.9)
+    trainer = Trainer([player], batch, Rate(0.03, 150), steps=150, seed=0, ema=Warming(0.9))
     for _ in trainer:
         pass
     after = trainer.averages["model"].module.process.schedule

@@ -22,6 +22,7 @@ from oracles import (
 from tiny import command, silent
 from torch import Tensor, nn
 
+from nelbo.averages import Warming
 from nelbo.decoders import Density, Discretized
 from nelbo.learned_schedule import LearnedLogSNR
 from nelbo.networks.informed import Informed
@@ -368,7 +369,7 @@ def test_a_learned_shape_lowers_the_variance_and_not_the_bound() -> None:
         return data.draw(256)
 
     player = Player("model", model, optimizer, lambda x: objective(model, x))
-    for _ in Trainer([player], batch, Rate(0.03, 300), steps=300, seed=0, ema=0.0):
+    for _ in Trainer([player], batch, Rate(0.03, 300), steps=300, seed=0, ema=Warming(0.0)):
         pass
     before, after = one_draw(start, data), one_draw(schedule, data)
     assert float(after.var()) < 0.6 * float(before.var())

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from nelbo import checkpoint
+from nelbo.averages import EMA, Warming
 from nelbo.data.loading import batch_indices
 from nelbo.errors import InputRefused, NumericalFailure
-from nelbo.trainer import EMA, Player, Rate, Record, Trainer
+from nelbo.trainer import Player, Rate, Record, Trainer
 
 State = dict[str, dict[str, Tensor]]
 DATA = torch.randn(10, 3, generator=torch.Generator().manual_seed(0))
@@ -52,7 +53,7 @@ def trainer(steps: int = 12, accumulation: int = 2, seed: int = 0) -> Trainer:
         Rate(0.01, 12, warmup=5),
         steps=steps,
         seed=seed,
-        ema=0.999,
+        ema=Warming(0.999),
         clip=1.0,
         accumulation=accumulation,
     )
@@ -163,7 +164,7 @@ def plain(accumulation: int = 1, clip: float | None = None, batch: int = 7) -> T
         Rate(1.0, 1, decay="constant"),
         steps=1,
         seed=0,
-        ema=0.0,
+        ema=Warming(0.0),
         clip=clip,
         accumulation=accumulation,
     )
@@ -256,7 +257,7 @@ def test_the_optimiser_takes_the_rate_of_the_step() -> None:
 def test_the_average_warms_up() -> None:
     """Decay min(d, (1 + k)/(10 + k)) at update k, to rounding."""
     module = nn.Linear(1, 1, bias=False).double()
-    average = EMA(module, 0.3)
+    average = EMA(module, Warming(0.3))
     expected = float(module.weight.detach())
     for k in range(6):
         nn.init.constant_(module.weight, float(k))
@@ -270,7 +271,7 @@ def test_a_bf16_model_has_a_float32_average_that_moves() -> None:
     """1 → 1.0078125 with decay .999: the first move, 7.8e-6, is far below bf16's resolution."""
     module = nn.Linear(1, 1, bias=False).bfloat16()
     nn.init.constant_(module.weight, 1.0)
-    average = EMA(module, 0.999)
+    average = EMA(module, Warming(0.999))
     nn.init.constant_(module.weight, 1.0078125)
     average.update(module, 10**6)
     weight = average.module.weight
@@ -337,7 +338,7 @@ def test_players_move_in_turn_and_each_its_own_weights() -> None:
         Rate(0.1, 3, decay="constant"),
         steps=3,
         seed=0,
-        ema=0.9,
+        ema=Warming(0.9),
     )
     records = list(made)
     assert order == ["left", "right"] * 3
@@ -365,7 +366,7 @@ def test_autocast_is_around_the_loss_alone() -> None:
         Rate(0.1, 1),
         steps=1,
         seed=0,
-        ema=0.9,
+        ema=Warming(0.9),
         autocast=context,
     )
     list(made)

@@ -4,22 +4,21 @@ Diffusion has one player, a game has two. `Trainer` is an iterator of `Record`s 
 files nor screens. All randomness of update k is a function of (seed, k, rank): a run continued
 from the state after k updates is, bit for bit on a CPU, the run that was never interrupted.
 
-An exponential moving average of the weights is kept in float32 beside the model, with the decay
-min(d, (1 + k)/(10 + k)) at update k, so that early weights are forgotten quickly.
+Averages of the weights (`nelbo.averages`) are kept beside those of every player that wants one.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from nelbo.averages import EMA, Decay
 from nelbo.errors import NumericalFailure
 from nelbo.randomness import seeded
 
@@ -42,6 +41,12 @@ class Player(NamedTuple):
     optimizer: torch.optim.Optimizer
     loss: Callable[[Tensor], Tensor]
     """(B, *shape) -> (B,) per-example losses; draws from the global generator."""
+    moves: int = 1
+    """Updates of this player in one update of the trainer, each on a batch of its own."""
+    averaged: bool = True
+    """Whether an average of its weights is kept."""
+    notes: Callable[[], Mapping[str, float]] | None = None
+    """What else there is to say of its last moves, by name."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,8 @@ class Record:
     grad_norms: Mapping[str, float]
     rate: float
     examples: int
+    notes: Mapping[str, float] = field(default_factory=dict)
+    """What the players say of their moves."""
 
 
 @dataclass(frozen=True)
@@ -81,43 +88,16 @@ class Rate:
         return self.peak * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
-class EMA:
-    """A float32 moving average of a module's floating tensors, as a module of its own.
-
-    Arguments:
-        module: what is averaged.
-        decay: d; 0 follows the module exactly.
-    """
-
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.module = copy.deepcopy(module).eval().requires_grad_(False)
-        for parameter in self.module.parameters():
-            if parameter.dtype in (torch.bfloat16, torch.float16):
-                parameter.data = parameter.data.float()
-
-    @torch.no_grad()
-    def update(self, module: nn.Module, step: int) -> None:
-        """Move towards `module` after the update with 0-based number `step`."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        shadow: list[Tensor] = list(self.module.parameters())
-        pairs = zip(module.parameters(), shadow, strict=True)
-        current = [theirs.detach().to(mine.dtype) for theirs, mine in pairs]
-        torch._foreach_lerp_(shadow, current, 1 - decay)
-        for mine, theirs in zip(self.module.buffers(), module.buffers(), strict=True):
-            mine.copy_(theirs)
-
-
 class Trainer:
     """Iterate to train: `for record in trainer`.
 
     Arguments:
         players: in the order in which they move.
-        batch: update number -> (B, *shape), the examples of that update.
+        batch: move number -> (B, *shape); an update has as many moves as its busiest player.
         rate: learning rate by update number, for all players.
         steps: updates in all.
         seed, rank: every draw of update k is a function of (seed, k, rank).
-        ema: decay of the averaged weights.
+        ema: decay of the averaged weights, by update.
         clip: largest gradient norm, None for no clipping.
         accumulation: parts into which a batch is split to save memory.
         autocast: a function that gives the context of the forward pass (bf16), or None.
@@ -133,7 +113,7 @@ class Trainer:
         steps: int,
         seed: int,
         rank: int = 0,
-        ema: float = 0.999,
+        ema: Decay,
         clip: float | None = None,
         accumulation: int = 1,
         autocast: Callable[[], AbstractContextManager[None]] | None = None,
@@ -149,7 +129,7 @@ class Trainer:
         self.accumulation = accumulation
         self.autocast = autocast if autocast is not None else nullcontext
         self.carried = {} if carried is None else dict(carried)
-        self.averages = {p.name: EMA(p.module, ema) for p in players}
+        self.averages = {p.name: EMA(p.module, ema) for p in players if p.averaged}
         self.step = 0
 
     def __iter__(self) -> Iterator[Record]:
@@ -157,20 +137,30 @@ class Trainer:
             yield self.update()
 
     def update(self) -> Record:
-        """One update of every player.
+        """One update: every player in turn makes its moves.
+
+        A player with fewer moves than the busiest takes the last batches.
 
         Raises:
-            NumericalFailure: a loss or gradient is not finite; no weight has changed.
+            NumericalFailure: a loss or gradient is not finite; the mover has not changed.
         """
         rate = self.rate(self.step)
-        x_0 = self.batch(self.step)
         losses, norms = {}, {}
+        notes: dict[str, float] = {}
+        moves = max(player.moves for player in self.players)
+        batches = [self.batch(self.step * moves + k) for k in range(moves)]
         for player in self.players:
-            with seeded(self.seed, "train", player.name, self.step, self.rank):
-                losses[player.name], norms[player.name] = self._move(player, x_0, rate)
-            self.averages[player.name].update(player.module, self.step)
+            for k, x_0 in enumerate(batches[moves - player.moves :]):
+                number = self.step * player.moves + k
+                with seeded(self.seed, "train", player.name, number, self.rank):
+                    losses[player.name], norms[player.name] = self._move(player, x_0, rate)
+            if player.averaged:
+                self.averages[player.name].update(player.module, self.step)
+            if player.notes is not None:
+                notes.update(player.notes())
         self.step += 1
-        return Record(self.step, losses, norms, rate, len(x_0))
+        examples = sum(map(len, batches))
+        return Record(self.step, losses, norms, rate, examples, notes)
 
     def _move(self, player: Player, x_0: Tensor, rate: float) -> tuple[float, float]:
         player.module.train()
@@ -193,9 +183,12 @@ class Trainer:
         if math.isfinite(loss) and math.isfinite(norm):
             return
         what, value = ("gradient norm", norm) if math.isfinite(loss) else ("loss", loss)
+        kept = f"the weights of update {self.step} are unchanged"
+        if len(self.players) > 1:
+            kept = f"its weights are unchanged, and nothing after update {self.step} is saved"
         raise NumericalFailure(
-            f"the {what} of {name} is {value} at update {self.step + 1}; the weights of update "
-            f"{self.step} are unchanged. Lower the learning rate, lengthen the warm-up or clip"
+            f"the {what} of {name} is {value} at update {self.step + 1}; {kept}. Lower the "
+            "learning rate, lengthen the warm-up or clip"
         )
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
@@ -203,7 +196,8 @@ class Trainer:
         state: dict[str, dict[str, Tensor]] = {}
         for player in self.players:
             state[player.name] = dict(player.module.state_dict())
-            state[f"{player.name}-ema"] = dict(self.averages[player.name].module.state_dict())
+            if player.averaged:
+                state[f"{player.name}-ema"] = dict(self.averages[player.name].module.state_dict())
             state[f"{player.name}-optimizer"] = _optimizer_tensors(player.optimizer)
         return state | self.carried_state()
 
@@ -216,7 +210,9 @@ class Trainer:
         """Continue from a state after `step` updates; names and shapes must match exactly."""
         for player in self.players:
             player.module.load_state_dict(dict(state[player.name]))
-            self.averages[player.name].module.load_state_dict(dict(state[f"{player.name}-ema"]))
+            if player.averaged:
+                average = self.averages[player.name].module
+                average.load_state_dict(dict(state[f"{player.name}-ema"]))
             _load_optimizer(player.optimizer, state[f"{player.name}-optimizer"])
         for name in self.carried_state():
             self.carried[name].load_state_dict(state[name])

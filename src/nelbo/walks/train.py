@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nelbo import console, report
+from nelbo.averages import Warming
 from nelbo.data.loading import batch_indices
 from nelbo.design import enough
 from nelbo.errors import InputRefused, ResourceExhausted
@@ -120,7 +121,7 @@ def trainer_of(recipe: Recipe, device: str) -> Trainer:
         Rate(options.rate, options.steps, options.warmup, options.decay),
         steps=options.steps,
         seed=options.seed,
-        ema=options.ema,
+        ema=Warming(options.ema),
         clip=None if options.clip is None else options.clip * dataset.dims,
         accumulation=options.accumulation,
         autocast=_autocast(device) if options.bf16 else None,

@@ -1,0 +1,76 @@
+"""Exponential moving averages of weights, kept in float32 beside a model.
+
+The decay is a rule of the update number: `Warming` for diffusion, `Halving` by examples for games.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+Decay = Callable[[int], float]
+"""Decay of an average at the update with a 0-based number."""
+
+
+@dataclass(frozen=True)
+class Warming:
+    """min(d, (1 + k)/(10 + k)) at update k, so that early weights are forgotten quickly.
+
+    Arguments:
+        decay: d; 0 follows the weights exactly.
+    """
+
+    decay: float
+
+    def __call__(self, step: int) -> float:
+        return min(self.decay, (1 + step) / (10 + step))
+
+
+@dataclass(frozen=True)
+class Halving:
+    """.5^(batch/n): a weight counts half after n examples, n = min(most, ramp * examples so far).
+
+    Arguments:
+        most: n after the beginning. batch: examples of an update. ramp: share of the past.
+    References:
+        Karras et al. 2020, Analyzing and improving the image quality of StyleGAN (their code).
+    """
+
+    most: float
+    batch: int
+    ramp: float = 0.05
+
+    def __call__(self, step: int) -> float:
+        half = min(self.most, self.ramp * self.batch * (step + 1))
+        return 0.5 ** (self.batch / half) if half > 0 else 0.0
+
+
+class EMA:
+    """A float32 moving average of a module's floating tensors, as a module of its own.
+
+    Arguments:
+        module: what is averaged.
+        decay: by update.
+    """
+
+    def __init__(self, module: nn.Module, decay: Decay) -> None:
+        self.decay = decay
+        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+        for parameter in self.module.parameters():
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        """Move towards `module` after the update with 0-based number `step`."""
+        decay = self.decay(step)
+        shadow: list[Tensor] = list(self.module.parameters())
+        pairs = zip(module.parameters(), shadow, strict=True)
+        current = [theirs.detach().to(mine.dtype) for theirs, mine in pairs]
+        torch._foreach_lerp_(shadow, current, 1 - decay)
+        for mine, theirs in zip(self.module.buffers(), module.buffers(), strict=True):
+            mine.copy_(theirs)
