@@ -47,7 +47,7 @@ class Spread:
         if self.sd == 0:
             return f"{self.mean:.4g} ± 0"
         digits = min(8, max(0, 1 - math.floor(math.log10(self.sd))))
-        return f"{self.mean:.{digits}f} ± {self.sd:.{digits}f}"
+        return f"{self.mean:z.{digits}f} ± {self.sd:.{digits}f}"
 
 
 @dataclass(frozen=True)
