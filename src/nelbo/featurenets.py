@@ -1,7 +1,7 @@
 r"""Features from networks that need no download: one trained on labels, one left at random.
 
     classifier      h(y), where softmax(W h(y) + b) was trained on labelled rows
-    random network  at each scale s, the means over a 2x2 grid of r_s = relu(conv_s(pool r_{s-1}))
+    random network  at each scale s, the means over a 2x2 grid of r_s = SiLU(conv_s(pool r_{s-1}))
 
 A trained last layer looks at what tells the classes apart and forgets the rest; random filters
 look at edges and colours alike. Neither normalises over the batch.
@@ -57,7 +57,8 @@ class _Random(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         found = []
         for scale, layer in enumerate(self.layers):
-            h = layer(h if scale == 0 else nn.functional.avg_pool2d(h, 2)).relu()
+            # SiLU, because a channel that ReLU switches off everywhere would be no feature.
+            h = nn.functional.silu(layer(h if scale == 0 else nn.functional.avg_pool2d(h, 2)))
             grid = (min(GRID, h.shape[2]), min(GRID, h.shape[3]))
             found.append(nn.functional.adaptive_avg_pool2d(h, grid).flatten(1))
         return torch.cat(found, 1)
