@@ -202,6 +202,8 @@ def test_modules_that_are_no_function_of_the_example_are_refused() -> None:
         Features("broken", inputs, Broken()).features(vectors(0))
     with pytest.raises(InputRefused, match="expected a tensor"):
         Features("images", Inputs((1, 4, 4), 256), nn.Identity())
+    with pytest.raises(InputRefused, match=r"refuses \(2, 4\)"):
+        Features("narrow", inputs, nn.Linear(3, 2))
 
 
 CODE = """

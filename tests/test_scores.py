@@ -189,7 +189,7 @@ def test_sliced_wasserstein_of_a_shift_is_its_square_over_the_dimensions() -> No
 
 
 def test_the_permutation_p_value_is_exact_under_the_null() -> None:
-    """P(p <= 1/20) = 1/20: of 400 at most 44 and at least 2 (false alarms 8e-7 and 4e-8).
+    """P(p <= 1/20) = 1/20: of 400 at most 44 and at least 2 (false alarms 5e-7 and 3e-8).
 
     Features that were fitted on the scored real rows break it, and the count tells.
     """

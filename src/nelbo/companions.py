@@ -123,7 +123,7 @@ def _refusals(known: Tensor, n: int, trained: Tensor | None) -> dict[str, str]:
         skipped["training_distance_ratio"] = "No training rows were given"
         return skipped
     try:
-        training_distance_ratio(known, known, trained)
+        training_distance_ratio(known[:n], known[:n], trained)
     except InputRefused as refusal:
         skipped["training_distance_ratio"] = str(refusal)
     return skipped

@@ -133,11 +133,10 @@ class Features(Extractor):
     """What a module gives; final. The module is put into eval mode and its weights are kept.
 
     Arguments:
-        network: (B, *shape) in its own floating type -> (B, k).
-        dims: k; None: found by a call on zeros.
+        network: (B, *shape) in its own floating type -> (B, k), k found by a call on zeros.
         digest: SHA-256; None: over the module's parameters and buffers.
     Raises:
-        InputRefused: the module returns something else.
+        InputRefused: the module returns something else, or refuses such examples.
     """
 
     def __init__(
@@ -150,7 +149,8 @@ class Features(Extractor):
         note: str = "",
     ) -> None:
         self.network = network.eval().requires_grad_(False)
-        self.dtype = next((p.dtype for p in network.parameters()), torch.float32)
+        floating = (p.dtype for p in network.parameters() if p.is_floating_point())
+        self.dtype = next(floating, torch.float32)
         digest = digest_of(network.state_dict(), name, inputs) if digest is None else digest
         dims = self._call(torch.zeros(2, *inputs.shape)).shape[1]
         super().__init__(name, inputs, dims, digest, note)
@@ -171,7 +171,12 @@ class Features(Extractor):
 
     @torch.no_grad()
     def _call(self, x: Tensor) -> Tensor:
-        value = self.network(x.to(self.dtype))
+        try:
+            value = self.network(x.to(self.dtype))
+        except RuntimeError as error:  # torch's word for shapes and types that do not fit
+            raise InputRefused(
+                f"the module for features refuses {tuple(x.shape)} {self.dtype}: {error}"
+            ) from error
         if not isinstance(value, Tensor) or value.dim() != 2 or len(value) != len(x):
             found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise InputRefused(

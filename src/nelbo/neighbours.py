@@ -70,7 +70,10 @@ def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> tuple[float, flo
 def neighbourhoods(
     real: Tensor, fake: Tensor, *, manifold: int = 3, balls: int = 5
 ) -> Neighbourhoods:
-    """`precision_recall` with k = manifold and `density_coverage` with k = balls, at one cost."""
+    """`precision_recall` with k = manifold and `density_coverage` with k = balls, at one cost.
+
+    Three tables of distances, 24 n^2 bytes, are held at once.
+    """
     x, y = pair(real, fake, max(manifold, balls) + 1)
     within, across = _distances(x, x), _distances(x, y)
     shares = _precision_recall(within, _distances(y, y), across, manifold)
