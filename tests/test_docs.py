@@ -25,6 +25,7 @@ NAMES = (
     "ddpm",
     "few_calls",
     "interop_openai",
+    "metrics",
 )
 PAGES = [DOCS / f"{name}.md" for name in NAMES]
 
@@ -96,3 +97,17 @@ def test_a_function_is_measured_as_printed() -> None:
     shown = re.search(r"```\n(\d\.\d+) bits/dim\n(decoder variance.*)\n```", page)
     assert shown is not None and shown[2] == assumed
     assert float(found.split()[0]) == pytest.approx(float(shown[1]), abs=0.02)
+
+
+def test_what_the_panel_sees_and_misses_comes_out_as_printed() -> None:
+    """To a tenth of what is shown or .01: sampling may differ in rounding between machines."""
+    page = (DOCS / "metrics.md").read_text()
+    (code,) = blocks(DOCS / "metrics.md", "python")
+    shown = re.search(r"```\n(modes 8 of 8.*?)```", page, re.S)
+    assert shown is not None
+    lines = [[line.split() for line in x.splitlines()] for x in (printed(code), shown[1])]
+    found, stated = ({row[0]: row[1:] for row in rows if row[2:3] == ["±"]} for rows in lines)
+    assert found.keys() == stated.keys() and len(found) == 10
+    for name in found:
+        numbers = [[float(row[k]) for k in (0, 3)] for row in (found[name], stated[name])]
+        assert numbers[0] == pytest.approx(numbers[1], rel=0.1, abs=0.01), name
