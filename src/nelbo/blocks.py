@@ -6,6 +6,8 @@ the classifier of the blocks before it, calibrated on a fifth of them (`nelbo.pr
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,8 @@ def prequential(
     refuse_few(ends[0], ends[0] // 5, total - ends[0], (0.24, 0.06, 0.7))
     split_hash = set_hash(real[ends[0] :])
     looks = inquiry.look(split_hash)
+    first = real[: ends[0]] if more is None else torch.cat([real[: ends[0]], more])
+    inquiry = replace(inquiry, view=inquiry.view.fitted(first))
     x, y = inquiry.sides(real, fake, "blocks")
     extra = None if more is None else inquiry.view(more, "fit_real")
     found: list[tuple[Tensor, Tensor, Tensor]] = []

@@ -17,12 +17,13 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from nelbo.blocks import prequential
-from nelbo.channels import Channel, Declared, Encode, View, usual_scale
+from nelbo.channels import Channel, Declared, Encode, Standard, View, usual_scale
 from nelbo.claim import Certificate, recompute
 from nelbo.errors import UsageError
 from nelbo.inquiry import Inquiry, certificate
@@ -40,7 +41,7 @@ MODES = ("split", "prequential")
 
 def certify(
     real: Source,
-    sampler: Sampler | Source,
+    sampler: Sampler | Source | Fakes,
     *,
     alpha: float = 0.05,
     n: int | None = None,
@@ -50,7 +51,7 @@ def certify(
     channel: Channel | str | None = None,
     fit_real: Source | None = None,
     groups: Tensor | None = None,
-    encode: Encode | None = None,
+    encode: Encode | Standard | None = None,
     levels: int | None = None,
     seed: int = 0,
     shares: Sequence[float] = SHARES,
@@ -76,8 +77,8 @@ def certify(
         channel: applied to both sides, or the name of what both sides have passed already.
         fit_real: reals that the sampler may have seen; the classifiers are fitted on them too.
         groups: (N,) a number per real; equal ones (subjects, scenes) stay in one part.
-        encode: stored rows -> what the classifiers read, such as `Dataset.encode`; by default
-            levels go to [-1, 1] and vectors stay as they are.
+        encode: stored rows -> what the channel and the classifiers read, such as
+            `Dataset.encode`; by default levels go to [-1, 1] and vectors stay as they are.
         levels: number of levels, for the default `encode`.
         seed: of the split, the sampler and the classifiers.
         shares: of FIT, CAL and C among the reals.
@@ -144,6 +145,7 @@ def _split(
         fit_real=more,
         keep=keep,
     )
+    inquiry = replace(inquiry, view=inquiry.view.fitted(parts.fit))
     drawn = _draw(inquiry, parts, source, rows)
     pairs = len(parts.certificate)
     fit = inquiry.sides(parts.fit, drawn["FIT"], "FIT")

@@ -55,19 +55,38 @@ class Noise(Channel):
         return signal * rows + noise * torch.randn(rows.shape, generator=draws)
 
 
+class Standard:
+    """Each dimension to mean 0 and standard deviation 1 over the reals of FIT."""
+
+    def of(self, fit: Tensor) -> Encode:
+        """The encoding that these (n, *shape) reals set."""
+        shift, scale = fit.double().mean(0), fit.double().std(0)
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        return lambda rows: ((rows.double() - shift) / scale).float()
+
+
 class View:
     """What a classifier sees of the rows of a part: encoded, and sent through the channel.
 
     Arguments:
-        encode: stored rows -> float32. channel: or None. seed: of the channel's noise.
+        encode: stored rows -> float32, or `Standard` until FIT is known. channel: or None.
+        seed: of the channel's noise.
     """
 
-    def __init__(self, encode: Encode, channel: Channel | None, seed: int) -> None:
+    def __init__(self, encode: Encode | Standard, channel: Channel | None, seed: int) -> None:
         self.encode, self.channel, self.seed = encode, channel, seed
 
+    def fitted(self, fit: Tensor) -> View:
+        """The same, once the reals of FIT are known."""
+        encode = self.encode.of(fit) if isinstance(self.encode, Standard) else self.encode
+        return View(encode, self.channel, self.seed)
+
     def __call__(self, rows: Tensor, *part: str | int) -> Tensor:
+        assert not isinstance(self.encode, Standard), "the view needs the reals of FIT first"
         x = self.encode(rows).float()
-        return x if self.channel is None else self.channel(x, generator(self.seed, *part))
+        if self.channel is None:
+            return x
+        return self.channel(x, generator(self.seed, self.channel.name, *part))
 
 
 def usual_scale(real: Tensor, levels: int | None) -> Encode:

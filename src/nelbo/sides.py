@@ -93,6 +93,23 @@ class Fakes(ABC):
         """n rows (n, *shape) that no other part has."""
 
 
+class Again(Fakes):
+    """The same fakes for every certificate of a family: each part is drawn once."""
+
+    def __init__(self, source: Fakes) -> None:
+        self.source, self.name = source, source.name
+        self._drawn: dict[str, Tensor] = {}
+
+    def most(self) -> int | None:
+        return self.source.most()
+
+    def draw(self, n: int, part: str) -> Tensor:
+        if part not in self._drawn:
+            self._drawn[part] = self.source.draw(n, part)
+        assert len(self._drawn[part]) == n, "every certificate must ask for the same parts"
+        return self._drawn[part]
+
+
 class Stored(Fakes):
     """Fakes of an array or a file, dealt out in an order fixed by the seed."""
 
@@ -156,8 +173,14 @@ class Drawn(Fakes):
         return read(rows, call)
 
 
-def fakes(sampler: Sampler | Source, seed: int, name: str | None = None) -> Fakes:
-    """The fakes of a sampler, an array or a file."""
+def fakes(sampler: Sampler | Source | Fakes, seed: int, name: str | None = None) -> Fakes:
+    """The fakes of a sampler, an array or a file.
+
+    Raises:
+        InputRefused: it is none of these, or `read` refuses the rows.
+    """
+    if isinstance(sampler, Fakes):
+        return sampler
     if isinstance(sampler, Tensor | np.ndarray | Path | str):
         return Stored(sampler, seed, name)
     if not callable(sampler):
