@@ -9,8 +9,9 @@ where s is the logit of D and D* = p/(p + g) the best discriminator. The integra
 square lattice. For a smooth integrand that dies out the trapezoidal rule converges exponentially
 in the inverse step (Trefethen and Weideman, 2014): Gaussian mixtures need a step below the
 smallest standard deviation, and a smaller one where log(p + g) bends sharply between two modes.
-The step is therefore halved until two sums agree; their last change, which bounds what is left,
-is the error of the result. Both masses are summed as well and must be one."""
+The step is therefore halved until two sums agree; four times their last change is the error of
+the result. Both masses are summed as well and must be one.
+"""
 
 from __future__ import annotations
 
