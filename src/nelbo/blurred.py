@@ -4,9 +4,10 @@ A generator's law has no density that could be evaluated, yet with N(0, s^2 I) a
 and many samples find it. The mixture p becomes another mixture, exactly. Of n samples of g each is
 shared among the four lattice points around it (which keeps its mean), and the transform of these
 counts is multiplied by exp(-s^2 k^2/2) over the window of the sharing, sinc^2(k h/2) on either
-axis. With a step h of s/4 this is the blurred law of those samples to many digits (of one lone point,
-the worst case, JSD to 2e-4), and a sum over the lattice gives JSD. A channel applied to both laws only lowers JSD: the figure lies below that
-of the pair itself, and approaches it as s falls below every width.
+axis. With a step h of s/4 this is the blurred law of those samples to many digits (JSD to 2e-4 for
+one lone point, the worst case), and a sum over the lattice gives JSD. A channel applied to both
+laws only lowers JSD: the figure lies below that of the pair itself, and approaches it as s falls
+below every width.
 
 The plug-in value exceeds the truth by about c/n: from one sample even p = g would seem apart. The
 samples come in blocks, and leaving out one after the other (the jackknife of Quenouille and Tukey)

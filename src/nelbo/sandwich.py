@@ -18,6 +18,7 @@ References:
 from __future__ import annotations
 
 import math
+import textwrap
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -80,9 +81,10 @@ class Sandwich:
     def gap(self) -> float | None:
         """E L - H(p) at the upper end of its asymptotic 95 % interval, in nats; None if unknown.
 
-        At least KL(p || g) with that confidence, and negative only by a bug or by chance.
+        At least KL(p || g) with that confidence, and negative only by a bug or by chance. Unknown
+        as well where the bound's own error is.
         """
-        if self.bound is None or self.entropy is None:
+        if self.bound is None or self.entropy is None or not math.isfinite(self.bound.se):
             return None
         spread = ONE_SIDED95 * self.bound.se + self.entropy_error
         return self.bound.mean + spread - self.entropy
@@ -119,6 +121,8 @@ class Sandwich:
             return "a bug: " + "; ".join(faults) + f". {self._chance()}"
         if self.upper is not None:
             return f"holds: {self.lower:.4f} <= {self.upper:.4f} nats"
+        if self.bound is not None and self.entropy is not None:
+            return "the error of the bound is not known: nothing bounds JSD from above"
         if self.bound is not None:
             return "the entropy of the data is not known: nothing bounds JSD from above"
         return "this sampler has no bound: nothing bounds JSD from above"
@@ -172,7 +176,7 @@ class Sandwich:
             rows.append([f"JSD, {self.exact.what}", _known(self.exact), "exact"])
         if self.upper is not None:
             rows.append(
-                ["JSD from above, phi(exp(H - bound))", f"<= {self.upper:.4f}", "95 %, as."]
+                ["JSD from above, phi(exp(H - bound))", f"<= {self.upper:.4f}", "95 %, asymptotic"]
             )
         if self.bound is not None:
             rows.append(["bound E L", _short(self.bound), "± se"])
@@ -185,7 +189,8 @@ class Sandwich:
 
     def __str__(self) -> str:
         """A table of at most 80 columns, all in nats, and the verdict."""
-        return table(self.rows(), ["sandwich", "nats", "confidence"]) + f"\n{self.verdict}"
+        lines = table(self.rows(), ["sandwich", "nats", "confidence"])
+        return "\n".join([lines, *textwrap.wrap(self.verdict, 80)])
 
 
 def _phi(gap: float) -> float:
