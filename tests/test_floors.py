@@ -104,6 +104,8 @@ _FLOORS = {
     "remake": (3, 0),
     "compared": (3, 1),
     "pictures": (3, 0),
+    "gamefigures": (3, 1),
+    "shown": (3, 2),
     "objectives": (4, 0),
     "controls": (3, 0),
     "surrogate": (3, 0),
