@@ -95,7 +95,7 @@ def integrand(logsnr: ArrayLike, mean: ArrayLike, se: ArrayLike, width: float) -
     _above(axes, f"{UNIT} per unit of log-SNR")
     axes.xaxis.set_major_locator(MaxNLocator(8 if width > NARROW else 6, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    _ends(axes, "log-SNR")
+    ends(axes, "log-SNR")
     return png(figure)
 
 
@@ -176,12 +176,12 @@ def entropies(lower: ArrayLike, upper: ArrayLike, unit: str, width: float) -> by
     _above(axes, unit)
     axes.xaxis.set_major_locator(MaxNLocator(8 if width > NARROW else 5, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    _ends(axes, "step t")
+    ends(axes, "step t")
     axes.legend(loc="best", handlelength=1.6, borderaxespad=0.1)
     return png(figure)
 
 
-def _ends(axes: Axes, label: str) -> None:
+def ends(axes: Axes, label: str) -> None:
     """Name the horizontal axis and what lies at its ends."""
     words = ((0.0, "left", "← noise"), (0.5, "center", label), (1.0, "right", "data →"))
     for place, side, word in words:
