@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -45,8 +45,6 @@ class Player(NamedTuple):
     """Updates of this player in one update of the trainer, each on a batch of its own."""
     averaged: bool = True
     """Whether an average of its weights is kept."""
-    notes: Callable[[], Mapping[str, float]] | None = None
-    """What else there is to say of its last moves, by name."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +58,6 @@ class Record:
     grad_norms: Mapping[str, float]
     rate: float
     examples: int
-    notes: Mapping[str, float] = field(default_factory=dict)
-    """What the players say of their moves."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +142,6 @@ class Trainer:
         """
         rate = self.rate(self.step)
         losses, norms = {}, {}
-        notes: dict[str, float] = {}
         moves = max(player.moves for player in self.players)
         batches = [self.batch(self.step * moves + k) for k in range(moves)]
         for player in self.players:
@@ -156,11 +151,9 @@ class Trainer:
                     losses[player.name], norms[player.name] = self._move(player, x_0, rate)
             if player.averaged:
                 self.averages[player.name].update(player.module, self.step)
-            if player.notes is not None:
-                notes.update(player.notes())
         self.step += 1
         examples = sum(map(len, batches))
-        return Record(self.step, losses, norms, rate, examples, notes)
+        return Record(self.step, losses, norms, rate, examples)
 
     def _move(self, player: Player, x_0: Tensor, rate: float) -> tuple[float, float]:
         player.module.train()
