@@ -145,9 +145,9 @@ class Game(nn.Module):
         self.latent = latent
 
     def noise(self, count: int, like: Tensor | None = None) -> Tensor:
-        """(count, latent) draws of z from the global generator, on the device of `like`."""
+        """(count, latent) draws of z from the global generator, as `like` in device and dtype."""
         z = torch.randn(count, self.latent)
-        return z if like is None else z.to(like.device)
+        return z if like is None else z.to(like)
 
     def value(self, x: Tensor, z: Tensor) -> Tensor:
         """log D(x) + log(1 − D(G(z))), (B,) nats in float64; its mean estimates V."""
@@ -220,7 +220,7 @@ class DiscriminatorLoss:
             return logits, torch.zeros_like(logits)
         # a penalty in half precision is noise
         with torch.autocast(x.device.type, enabled=False):
-            x = x.float().requires_grad_()
+            x = (x if x.dtype == torch.float64 else x.float()).requires_grad_()
             logits = self.game.discriminator(x)
             (slope,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
         return logits, 0.5 * gamma * slope.flatten(1).square().sum(1)

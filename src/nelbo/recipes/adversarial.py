@@ -78,10 +78,11 @@ def game_of(options: GameOptions, dataset: Dataset) -> gan.Game:
         generator = players.ImageGenerator(options.latent, shape, size)
         return gan.Game(generator, players.ImageDiscriminator(shape, size), options.latent)
     assert isinstance(options, Perceptrons)
-    dims, size, depth = dataset.dims, options.width, options.depth
+    dims, size = dataset.dims, options.width
+    waves = options.directions, options.finest
     return gan.Game(
-        players.VectorGenerator(options.latent, dims, size, depth),
-        players.VectorDiscriminator(dims, size, depth, options.octaves),
+        players.VectorGenerator(options.latent, dims, size, options.depth),
+        players.VectorDiscriminator(dims, size, options.critic_depth, *waves),
         options.latent,
     )
 
@@ -106,10 +107,11 @@ def _words(options: GameOptions, game: gan.Game) -> dict[str, str]:
         for name, player in (("generator", game.generator), ("discriminator", game.discriminator))
     }
     moves = options.critic_moves
+    relaxed = f", down to {options.relax:g} of it" if options.relax != 1 else ""
     return {
         "family": "game",
         "loss": options.loss,
-        "penalties": f"R1 {options.r1:g}, R2 {options.r2:g}",
+        "penalties": f"R1 {options.r1:g}, R2 {options.r2:g}{relaxed}",
         "latent": f"{options.latent} dimensions",
         "discriminator moves": f"{moves} for one of the generator",
         "average": f"half-life {options.half_life:g} examples",

@@ -30,9 +30,12 @@ class MixtureGame(GameOptions, Perceptrons):
     loss: Literal["non-saturating", "relativistic", "minimax", "hinge"] = "relativistic"
     r1: float = 0.1
     r2: float = 0.1
+    relax: float = 0.01
     latent: int = 2
     batch: int = 256
     steps: int = 20_000
+    warmup: int = 200
+    half_life: float = 50_000.0
     validate_every: int = 2000
     save_every: int = 2000
     samples: int = 2000
@@ -42,21 +45,28 @@ class MixtureGame(GameOptions, Perceptrons):
 class RingGame(MixtureGame, RingData):
     """Eight tight Gaussians on a circle: does the generator find them all?"""
 
+    examples: int = 100_000
+
 
 @dataclass(frozen=True, kw_only=True)
 class GridGame(MixtureGame, GridData):
     """Twenty-five tight Gaussians on a square lattice: does the generator find them all?"""
+
+    examples: int = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class SwissRollGame(MixtureGame, RollData):
     """A Swiss roll in the plane, a finite Gaussian mixture: the density is known."""
 
+    examples: int = 100_000
+
 
 @dataclass(frozen=True, kw_only=True)
 class GaussianGame(MixtureGame, GaussianData):
     """One Gaussian with three correlated dimensions: the density is known."""
 
+    examples: int = 100_000
     latent: int = 3
 
 
@@ -66,8 +76,12 @@ class VectorsGame(GameOptions, Perceptrons):
 
     path: tyro.conf.Positional[Path]
     """Array file."""
+    loss: Literal["non-saturating", "relativistic", "minimax", "hinge"] = "relativistic"
+    r1: float = 0.1
+    r2: float = 0.1
     width: int = 256
     batch: int = 256
+    half_life: float = 50_000.0
     samples: int = 1000
 
 

@@ -202,10 +202,14 @@ class Perceptrons:
 
     width: int = 128
     """Hidden width of both networks."""
-    depth: int = 3
-    """Hidden layers of both networks."""
-    octaves: int = 0
-    """Sines and cosines of every coordinate that the discriminator sees, by doubling frequency."""
+    depth: int = 4
+    """Hidden layers of the generator."""
+    critic_depth: int = 3
+    """Hidden layers of the discriminator."""
+    directions: int = 64
+    """Random directions along which the discriminator also sees sines and cosines; 0 for none."""
+    finest: float = 64.0
+    """Largest frequency of these, in radians per standard deviation of the data."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -81,7 +81,7 @@ def trainer_of(recipe: GameRecipe, device: str) -> Trainer:
         return dataset.encode(dataset.train[rows]).to(device)
 
     def progress() -> float:
-        return trainer.step / max(trainer.steps, 1)
+        return max(0, trainer.step - options.warmup) / max(trainer.steps - options.warmup, 1)
 
     def adam(module: nn.Module) -> torch.optim.Optimizer:
         weights = module.parameters()
