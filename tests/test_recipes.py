@@ -24,22 +24,23 @@ from nelbo.evaluation import evaluate
 from nelbo.parameterizations import Epsilon, Mean, Velocity
 from nelbo.recipes import limits
 from nelbo.recipes.build import build
+from nelbo.recipes.families import name_of, restored, stored
 from nelbo.recipes.options import (
     RECIPES,
     Bits,
     Cifar10,
     DeadLeaves,
     Digits,
+    Gaussian,
+    Grid,
     Heartbeat,
     Images,
     Mnist,
     Options,
+    Ring,
     SwissRoll,
     Texture,
     Vectors,
-    name_of,
-    restored,
-    stored,
 )
 from nelbo.recipes.recipe import Recipe
 from nelbo.schedules import Cosine, Harmonic, Linear, LogSNRLinear
@@ -80,6 +81,9 @@ def of_every_kind(folder: Path) -> dict[str, Options]:
     return {
         "digits": digits(),
         "swissroll": SwissRoll(**TOY),
+        "ring": Ring(**TOY),
+        "grid": Grid(**TOY),
+        "gaussian": Gaussian(**TOY),
         "heartbeat": Heartbeat(latents=10, width=16, depth=1),
         "deadleaves": DeadLeaves(**SMALL, size=8, examples=40),
         "texture": Texture(path=folder / "photo.png", **SMALL, size=8, examples=40),

@@ -28,23 +28,36 @@ def train(arguments: list[str]) -> int:
     """Train a recipe, measure its bound, draw samples, write a report."""
     import tyro
 
-    from nelbo.recipes import limits
-    from nelbo.recipes.options import RECIPES
+    from nelbo.recipes import families, limits
 
     if not arguments or arguments[0] in ("-h", "--help"):
         head = "usage: nelbo train RECIPE [PATH] [options]\n\nrecipes:\n"
         text = f"{head}{_recipes()}\n\n`nelbo train RECIPE --help` lists the options of one."
         print(text, file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else UsageError.exit_code
-    name, rest = arguments[0], arguments[1:]
-    if name not in RECIPES:
-        known = ", ".join(RECIPES)
-        raise UsageError(f"no recipe {name!r}; there are {known}. To see them: nelbo recipes")
-    options = tyro.cli(RECIPES[name], prog=f"nelbo train {name}", args=rest)
+    name = arguments[0]
+    family, rest = families.chosen(name, arguments[1:])
+    kind = families.kind_of(name, family)
+    about = f"{_about(kind)}\n\n{_other(name, family)}".strip()
+    options = tyro.cli(kind, prog=f"nelbo train {name}", args=rest, description=about)
     limits.check(options)
     from nelbo.walks import train as walk
 
     return walk.run(options, ["train", *arguments])
+
+
+def _other(name: str, family: str) -> str:
+    """That the recipe has another family, for its help."""
+    from nelbo.recipes import families
+
+    if len(families.families(name)) < 2:
+        return ""
+    if family == families.GAME:
+        return "A game; --no-game trains a diffusion model (--no-game --help: its options)."
+    return (
+        "A diffusion model; --game trains a generator against a discriminator instead "
+        "(--game --help: its options)."
+    )
 
 
 def recipes(arguments: list[str]) -> int:
@@ -53,18 +66,30 @@ def recipes(arguments: list[str]) -> int:
     if options.json:
         from nelbo.recipes.options import RECIPES
 
-        rows = {n: {"path": _has_path(k), "about": _about(k)} for n, k in RECIPES.items()}
+        rows = {n: _row(n, k) for n, k in RECIPES.items()}
         print(json.dumps({"schema": 1, "recipes": rows}))
     else:
         print(_recipes())
     return 0
 
 
+def _row(name: str, kind: type) -> dict[str, Any]:
+    from nelbo.recipes import families
+
+    return {"path": _has_path(kind), "about": _about(kind), "families": families.families(name)}
+
+
 def _recipes() -> str:
+    from nelbo.recipes import families
     from nelbo.recipes.options import RECIPES
 
-    names = {kind: name + " PATH" * _has_path(kind) for name, kind in RECIPES.items()}
-    return "\n".join(f"  {name:14}  {_about(kind)}" for kind, name in names.items())
+    flags = {"diffusion game": " [--game]", "game diffusion": " [--no-game]"}
+    lines = []
+    for name, kind in RECIPES.items():
+        words = name + " PATH" * _has_path(kind) + flags.get(" ".join(families.families(name)), "")
+        lines.append(f"  {words:22}  {_about(kind)}")
+    note = "--game: a generator against a discriminator; --no-game: a diffusion model all the same"
+    return "\n".join([*lines, "", f"  {note}"])
 
 
 def _has_path(kind: type) -> bool:
@@ -93,12 +118,12 @@ def evaluate(arguments: list[str]) -> int:
 def sample(arguments: list[str]) -> int:
     """Draw samples from a run's model, freely or under a condition."""
     options = _parse("Sample", arguments)
-    from nelbo.walks import conditional, interpolate, strips
+    from nelbo.walks import conditional, generate, interpolate, strips
     from nelbo.walks import sample as walk
 
     _threads(options.threads)
     walk.check(options)
-    others = (interpolate, strips, conditional)
+    others = (generate, interpolate, strips, conditional)
     next((other for other in others if other.asked(options)), walk).run(options)
     return 0
 
@@ -166,7 +191,7 @@ def usage() -> str:
     lines = [
         "usage: nelbo COMMAND [options]",
         "",
-        "Trains, samples and measures diffusion models: every nat is accounted for.",
+        "Trains, samples and measures diffusion models and GANs: every nat accounted for.",
         "",
     ]
     for name, command in COMMANDS.items():

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 HALVINGS = 60
+REMEMBERED = 16
+"""Batches whose logits make the running value of the game."""
 
 
 def value(real: Tensor, fake: Tensor) -> Tensor:
@@ -142,9 +145,9 @@ class Game(nn.Module):
         self.latent = latent
 
     def noise(self, count: int, like: Tensor | None = None) -> Tensor:
-        """(count, latent) draws of z from the global generator, on the device of `like`."""
+        """(count, latent) draws of z from the global generator, as `like` in device and dtype."""
         z = torch.randn(count, self.latent)
-        return z if like is None else z.to(like.device)
+        return z if like is None else z.to(like)
 
     def value(self, x: Tensor, z: Tensor) -> Tensor:
         """log D(x) + log(1 − D(G(z))), (B,) nats in float64; its mean estimates V."""
@@ -158,6 +161,7 @@ class Rules:
     Arguments:
         loss: what they minimise.
         r1, r2: γ of the gradient penalties at reals and at fakes; 0 for none.
+        relax: part of γ that is left at the end; it falls by a half cosine.
         prepare: what happens to reals alone before D sees them (levels become intervals).
         change: differentiable augmentation, of reals and fakes alike.
     """
@@ -165,8 +169,13 @@ class Rules:
     loss: Loss
     r1: float = 0.0
     r2: float = 0.0
+    relax: float = 1.0
     prepare: Callable[[Tensor], Tensor] | None = None
     change: Callable[[Tensor], Tensor] | None = None
+
+    def strength(self, progress: float) -> float:
+        """Part of γ that is in force when a part of the updates, 0 to 1, is done."""
+        return self.relax + (1 - self.relax) * 0.5 * (1 + math.cos(math.pi * progress))
 
     def seen(self, x: Tensor) -> Tensor:
         """What D sees of samples."""
@@ -178,27 +187,31 @@ class Rules:
 
 
 class DiscriminatorLoss:
-    """The discriminator's loss on a batch, as a `Player` wants it; remembers its plug-in value.
+    """The discriminator's loss on a batch, as a `Player` wants it; remembers its last logits.
 
     Arguments:
         game: whose D is trained. rules: how.
+        progress: gives the part of the updates that is done, 0 to 1.
     """
 
-    def __init__(self, game: Game, rules: Rules) -> None:
+    def __init__(
+        self, game: Game, rules: Rules, progress: Callable[[], float] = lambda: 0.0
+    ) -> None:
         self.game = game
         self.rules = rules
-        self.seen: list[tuple[Tensor, Tensor]] = []
+        self.progress = progress
+        self.last: deque[tuple[Tensor, Tensor]] = deque(maxlen=REMEMBERED)
 
     def __call__(self, x_0: Tensor) -> Tensor:
         """(B, *shape) -> (B,); z and augmentation come from the global generator."""
-        rules = self.rules
+        rules, part = self.rules, self.rules.strength(self.progress())
         with torch.no_grad():
             fakes = self.game.generator(self.game.noise(len(x_0), x_0))
         x, y = rules.real(x_0).detach(), rules.seen(fakes).detach()
-        real, grads_real = self._score(x, rules.r1)
-        fake, grads_fake = self._score(y, rules.r2)
-        self.seen.append((real.detach(), fake.detach()))
-        return rules.loss.discriminator(real, fake) + grads_real + grads_fake
+        real, steep_real = self._score(x, part * rules.r1)
+        fake, steep_fake = self._score(y, part * rules.r2)
+        self.last.append((real.detach(), fake.detach()))
+        return rules.loss.discriminator(real, fake) + steep_real + steep_fake
 
     def _score(self, x: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
         """Logits (B,) and γ/2 |∇s|² (B,)."""
@@ -207,17 +220,19 @@ class DiscriminatorLoss:
             return logits, torch.zeros_like(logits)
         # a penalty in half precision is noise
         with torch.autocast(x.device.type, enabled=False):
-            x = x.float().requires_grad_()
+            x = (x if x.dtype == torch.float64 else x.float()).requires_grad_()
             logits = self.game.discriminator(x)
             (slope,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
         return logits, 0.5 * gamma * slope.flatten(1).square().sum(1)
 
-    def notes(self) -> dict[str, float]:
-        """{"jsd_plugin": nats} since the last call: of training D on training data."""
-        real, fake = (torch.cat(side) for side in zip(*self.seen, strict=True))
-        self.seen.clear()
+    def plug_in(self) -> float:
+        """log 2 + V/2 in nats over the last batches: of training D, on data that it was trained
+        on, so that it certifies nothing. NaN before the first batch."""
+        if not self.last:
+            return math.nan
+        real, fake = (torch.cat(side) for side in zip(*self.last, strict=True))
         offset = best_offset(real, fake) if self.rules.loss.centred else 0.0
-        return {"jsd_plugin": plug_in(real + offset, fake + offset)}
+        return plug_in(real + offset, fake + offset)
 
 
 class GeneratorLoss:

@@ -33,7 +33,8 @@ def training(run: Run) -> str:
         return shlex.join(word for word in typed if word != "--resume")
     options = run.recipe.get("options", {})
     path = [str(options["path"])] if options.get("path") is not None else []
-    words = ["nelbo", "train", run.recipe["recipe"], *path, "--out", str(run.path)]
+    family = {"game": ["--game"], "diffusion": ["--no-game"]}.get(run.recipe.get("family", ""), [])
+    words = ["nelbo", "train", run.recipe["recipe"], *path, *family, "--out", str(run.path)]
     for name, value in options.items():
         words += [] if name in ASIDE else _option(name, value)
     return shlex.join(words)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -45,8 +45,6 @@ class Player(NamedTuple):
     """Updates of this player in one update of the trainer, each on a batch of its own."""
     averaged: bool = True
     """Whether an average of its weights is kept."""
-    notes: Callable[[], Mapping[str, float]] | None = None
-    """What else there is to say of its last moves, by name."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +58,6 @@ class Record:
     grad_norms: Mapping[str, float]
     rate: float
     examples: int
-    notes: Mapping[str, float] = field(default_factory=dict)
-    """What the players say of their moves."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +89,7 @@ class Trainer:
 
     Arguments:
         players: in the order in which they move.
-        batch: move number -> (B, *shape); an update has as many moves as its busiest player.
+        batch: move number -> (B, *shape); every move has a batch of its own.
         rate: learning rate by update number, for all players.
         steps: updates in all.
         seed, rank: every draw of update k is a function of (seed, k, rank).
@@ -139,28 +135,23 @@ class Trainer:
     def update(self) -> Record:
         """One update: every player in turn makes its moves.
 
-        A player with fewer moves than the busiest takes the last batches.
-
         Raises:
             NumericalFailure: a loss or gradient is not finite; the mover has not changed.
         """
         rate = self.rate(self.step)
         losses, norms = {}, {}
-        notes: dict[str, float] = {}
-        moves = max(player.moves for player in self.players)
-        batches = [self.batch(self.step * moves + k) for k in range(moves)]
+        examples, move = 0, self.step * sum(player.moves for player in self.players)
         for player in self.players:
-            for k, x_0 in enumerate(batches[moves - player.moves :]):
+            for k in range(player.moves):
                 number = self.step * player.moves + k
+                x_0 = self.batch(move)
+                examples, move = examples + len(x_0), move + 1
                 with seeded(self.seed, "train", player.name, number, self.rank):
                     losses[player.name], norms[player.name] = self._move(player, x_0, rate)
             if player.averaged:
                 self.averages[player.name].update(player.module, self.step)
-            if player.notes is not None:
-                notes.update(player.notes())
         self.step += 1
-        examples = sum(map(len, batches))
-        return Record(self.step, losses, norms, rate, examples, notes)
+        return Record(self.step, losses, norms, rate, examples)
 
     def _move(self, player: Player, x_0: Tensor, rate: float) -> tuple[float, float]:
         player.module.train()

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+MARGIN = 2.0**-10
+
 
 @dataclass(frozen=True)
 class Moved:
@@ -73,7 +75,8 @@ class Dequantised:
     """Levels become intervals: x + u, u uniform over the level's bin, values on [−1, 1].
 
     A generator has a density; against it, data on a lattice is told apart by the lattice alone
-    (JSD = log 2 whatever the quality). Rounding to levels undoes the noise exactly.
+    (JSD = log 2 whatever the quality). Rounding to levels undoes the noise exactly: the bins are
+    narrower by MARGIN than their distance, so that float32 cannot carry a value over an edge.
 
     Arguments:
         levels: n; bins have the width 2/(n − 1).
@@ -83,4 +86,5 @@ class Dequantised:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(B, *shape) -> the same; draws from the global generator."""
-        return x + (torch.rand(x.shape).to(x) - 0.5) * (2 / (self.levels - 1))
+        width = (1 - MARGIN) * 2 / (self.levels - 1)
+        return x + (torch.rand(x.shape).to(x) - 0.5) * width

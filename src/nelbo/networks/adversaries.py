@@ -9,6 +9,7 @@ not halve evenly are cropped after the last doubling (generator) or pooled with 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +20,17 @@ SLOPE = 0.2
 
 
 class VectorGenerator(nn.Module):
-    """A perceptron (B, latent) -> (B, dims).
+    """A perceptron (B, latent) -> (B, dims) with ReLUs.
+
+    Piecewise linear maps make the jumps between modes; smooth activations bridge them.
 
     Arguments:
         latent: dimensions of z. dims: of the data. width, depth: of its hidden layers.
     """
 
-    def __init__(self, latent: int, dims: int, width: int = 256, depth: int = 3) -> None:
+    def __init__(self, latent: int, dims: int, width: int = 128, depth: int = 4) -> None:
         super().__init__()
-        self.layers = perceptron(latent, dims, width, depth)
+        self.layers = perceptron(latent, dims, width, depth, nn.ReLU)
 
     def forward(self, z: Tensor) -> Tensor:
         """(B, latent) -> (B, dims)."""
@@ -36,39 +39,73 @@ class VectorGenerator(nn.Module):
 
 
 class VectorDiscriminator(nn.Module):
-    """A perceptron (B, dims) -> (B,) on x and its sines and cosines.
+    """A perceptron (B, dims) -> (B,) on x and waves of x.
 
-    Tight modes ask for a steep D, which a plain perceptron learns slowly: octave k adds
-    sin(2^k π x) and cos(2^k π x) of every coordinate.
+    Tight modes ask for a steep D, which a plain perceptron learns slowly.
 
     Arguments:
-        dims: of the data. width, depth: of its hidden layers. octaves: of waves; 0 for none.
+        dims: of the data. width, depth: of its hidden layers.
+        directions: of the waves; 0 for none. finest: the largest of their frequencies.
     """
 
-    def __init__(self, dims: int, width: int = 256, depth: int = 3, octaves: int = 0) -> None:
+    def __init__(
+        self,
+        dims: int,
+        width: int = 128,
+        depth: int = 3,
+        directions: int = 64,
+        finest: float = 64.0,
+    ) -> None:
         super().__init__()
-        self.octaves = octaves
-        self.layers = perceptron(dims * (1 + 2 * octaves), 1, width, depth)
+        self.waves = Waves(dims, directions, finest)
+        self.layers = perceptron(dims + 2 * directions, 1, width, depth, leaky)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, dims) -> (B,) logits."""
-        out: Tensor = self.layers(waves(x, self.octaves))[:, 0]
+        out: Tensor = self.layers(self.waves(x))[:, 0]
         return out
 
 
-def waves(x: Tensor, octaves: int) -> Tensor:
-    """(B, D) -> (B, D (1 + 2 octaves)): x, sin(2^k π x), cos(2^k π x), k = 0..octaves−1."""
-    angles = [x * (math.pi * 2.0**k) for k in range(octaves)]
-    return torch.cat([x, *(f(a) for a in angles for f in (torch.sin, torch.cos))], 1)
+class Waves(nn.Module):
+    """x with sin(w.x) and cos(w.x) for fixed random directions w.
+
+    Their lengths, in radians per unit, are evenly spaced in the logarithm from 1 to `finest`.
+
+    Arguments:
+        dims: of x. directions: how many w. finest: the largest length.
+    References:
+        Rahimi & Recht 2007; Tancik et al. 2020, Fourier features.
+    """
+
+    directions: Tensor
+
+    def __init__(self, dims: int, directions: int, finest: float) -> None:
+        super().__init__()
+        w = torch.randn(directions, dims)
+        places = (torch.arange(directions) + 0.5) / max(directions, 1)
+        w = w / w.norm(dim=1, keepdim=True) * finest ** places[:, None]
+        self.register_buffer("directions", w)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D) -> (B, D + 2 directions)."""
+        angles = x @ self.directions.T
+        return torch.cat([x, angles.sin(), angles.cos()], 1)
 
 
-def perceptron(inputs: int, outputs: int, width: int, depth: int) -> nn.Sequential:
-    """`depth` hidden layers of `width` with leaky ReLUs between linear maps."""
+def leaky() -> nn.Module:
+    """The activation of discriminators, which passes gradients everywhere."""
+    return nn.LeakyReLU(SLOPE)
+
+
+def perceptron(
+    inputs: int, outputs: int, width: int, depth: int, activation: Callable[[], nn.Module]
+) -> nn.Sequential:
+    """`depth` hidden layers of `width` between linear maps."""
     sizes = [inputs, *[width] * depth]
     hidden = [
         layer
         for a, b in zip(sizes[:-1], sizes[1:], strict=True)
-        for layer in (nn.Linear(a, b), nn.LeakyReLU(SLOPE))
+        for layer in (nn.Linear(a, b), activation())
     ]
     return nn.Sequential(*hidden, nn.Linear(width, outputs))
 

@@ -18,9 +18,10 @@ from nelbo.errors import UsageError
 from nelbo.objectives import Vlb
 from nelbo.processes.bernoulli import Bernoulli
 from nelbo.recipes.combinations import check_times
+from nelbo.recipes.families import name_of
 from nelbo.recipes.groups import BitDiffusion
 from nelbo.recipes.models import drawn, focus_of, mlp, schedule_of, unet
-from nelbo.recipes.options import Bits, Heartbeat, Mnist, Options, name_of
+from nelbo.recipes.options import Bits, Heartbeat, Mnist, Options
 from nelbo.recipes.patterns import PatternPosterior, expected_terms, number_of_states
 from nelbo.recipes.recipe import OPTIMUM, TRUTH, Recipe, Reference
 from nelbo.reverse import Decoder, Reverse

@@ -17,7 +17,6 @@ from nelbo.data.deadleaves import deadleaves
 from nelbo.data.embedded import digits
 from nelbo.data.sources import open_path
 from nelbo.data.texture import texture
-from nelbo.data.toys import swissroll
 from nelbo.errors import InputRefused, UsageError
 from nelbo.estimate import Estimate
 from nelbo.evaluation import evaluate
@@ -27,6 +26,8 @@ from nelbo.randomness import seeded
 from nelbo.recipes import combinations
 from nelbo.recipes import options as o
 from nelbo.recipes.bits import binary_images, heartbeat_recipe, rows_recipe
+from nelbo.recipes.datasets import KnownLaw, known_law
+from nelbo.recipes.families import name_of
 from nelbo.recipes.models import (
     assemble,
     exact_model,
@@ -58,8 +59,8 @@ def build(options: o.Options) -> Recipe:
     with seeded(options.seed, "weights"):
         if isinstance(options, o.Digits):
             return _images(options, digits(options.validation))
-        if isinstance(options, o.SwissRoll):
-            return _swissroll(options)
+        if isinstance(options, o.Mixture):
+            return _mixture(options)
         if isinstance(options, o.Heartbeat):
             return heartbeat_recipe(options)
         if isinstance(options, o.Bits):
@@ -137,7 +138,7 @@ def _images(options: Pictures, dataset: Dataset) -> Recipe:
     return dataclasses.replace(recipe, objective=moved)
 
 
-def _vectors(options: o.Vectors | o.SwissRoll, dataset: Dataset, **more: Any) -> Recipe:
+def _vectors(options: o.Vectors | o.Mixture, dataset: Dataset, **more: Any) -> Recipe:
     if dataset.levels is not None:
         raise InputRefused(f"{dataset.name} holds images: use the recipe images")
     times, schedule = _grid(options)
@@ -147,8 +148,9 @@ def _vectors(options: o.Vectors | o.SwissRoll, dataset: Dataset, **more: Any) ->
     return _recipe(options, options, dataset, model, times, **more)
 
 
-def _swissroll(options: o.SwissRoll) -> Recipe:
-    dataset = swissroll(options.examples, seed=options.seed)
+def _mixture(options: o.Mixture) -> Recipe:
+    assert isinstance(options, KnownLaw)
+    dataset = known_law(options, options.seed)
     times = _grid(options)[0]
     exact = exact_model(options, dataset.scaled_components(), times)
     known = _references(dataset, exact, times, options.seed)
@@ -205,7 +207,7 @@ def _recipe(
     **more: Any,
 ) -> Recipe:
     return Recipe(
-        name=o.name_of(options),
+        name=name_of(options),
         options=options,
         dataset=dataset,
         model=model,

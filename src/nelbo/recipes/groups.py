@@ -32,19 +32,40 @@ class Control:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
-    """How long and how fast to train, and what to keep."""
+class Course:
+    """How long and how fast to train, and what to keep: of either family."""
 
     steps: int = 20_000
     """Updates."""
     batch: int = 128
     """Examples per update."""
     rate: float = 1e-3
-    """Peak learning rate (AdamW)."""
+    """Peak learning rate."""
     warmup: int = 100
     """Updates of linear warm-up."""
     decay: Literal["cosine", "constant"] = "cosine"
     """Learning rate after the warm-up."""
+    validate_every: int = 1000
+    """Updates between looks at the validation part; 0 for none."""
+    save_every: int = 1000
+    """Updates between checkpoints."""
+    keep: int = 1
+    """Newest checkpoints that stay, besides the best one; evaluate --against compares them."""
+    samples: int = 100
+    """Samples drawn at the end of the run."""
+    seed: int = 0
+    """Every random number of the run is a function of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start(Control, Course):
+    """What every run has, of either family."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(Course):
+    """How a diffusion model is trained and measured."""
+
     weight_decay: float = 0.01
     """AdamW's decoupled weight decay."""
     beta2: float = 0.99
@@ -59,20 +80,35 @@ class Training:
     """Compute the network in bfloat16 (autocast); official figures are float32 all the same."""
     compile: bool = False
     """Compile the network (torch.compile)."""
-    validate_every: int = 1000
-    """Updates between validation bounds; 0 for none."""
     validate_calls: int = 8
     """Network calls per validation example."""
-    save_every: int = 1000
-    """Updates between checkpoints."""
-    keep: int = 1
-    """Newest checkpoints that stay, besides the best one; evaluate --against compares them."""
     calls: int | None = 32
     """Network calls per test example at the end of the run; `None` for the full bound."""
-    samples: int = 100
-    """Samples drawn at the end of the run."""
-    seed: int = 0
-    """Every random number of the run is a function of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Playing(Course):
+    """How a generator and a discriminator are trained against each other."""
+
+    loss: Literal["non-saturating", "relativistic", "minimax", "hinge"] = "non-saturating"
+    """What the players minimise; relativistic (pairs of a real and a fake) is the robust one where
+    modes get lost, minimax the theory."""
+    r1: float = 1.0
+    """Gamma of the gradient penalty at reals, gamma/2 |grad D|^2; 0 for none."""
+    r2: float = 0.0
+    """Gamma of the gradient penalty at fakes."""
+    relax: float = 1.0
+    """Part of --r1 and --r2 that is left at the last update; they fall by a half cosine."""
+    latent: int = 64
+    """Dimensions of the noise that the generator turns into data."""
+    critic_moves: int = 1
+    """Updates of the discriminator, each on a batch of its own, before one of the generator."""
+    half_life: float = 10_000.0
+    """Of the generator's averaged weights, in examples; those are what is sampled. 0: the last."""
+    betas: tuple[float, float] = (0.0, 0.99)
+    """Adam's two betas, of both players."""
+    clip: float | None = None
+    """Largest gradient norm of a player's loss per dimension; none by default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,5 +197,81 @@ class UNetShape:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Control, Training):
-    """What every recipe has."""
+class Perceptrons:
+    """Players of vectors."""
+
+    width: int = 128
+    """Hidden width of both networks."""
+    depth: int = 4
+    """Hidden layers of the generator."""
+    critic_depth: int = 3
+    """Hidden layers of the discriminator."""
+    directions: int = 64
+    """Random directions along which the discriminator also sees sines and cosines; 0 for none."""
+    finest: float = 64.0
+    """Largest frequency of these, in radians per standard deviation of the data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pyramids:
+    """Players of images."""
+
+    channels: int = 64
+    """Channels of both networks' maps."""
+    augment: float = 0.0
+    """Probability of each change (shift, cut, brightness) that the discriminator sees, of reals
+    and fakes alike."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RingData:
+    """Gaussians on a circle."""
+
+    examples: int = 20_000
+    """Training examples."""
+    modes: int = 8
+    """Gaussians."""
+    radius: float = 1.0
+    """Of the circle."""
+    std: float = 0.01
+    """Standard deviation of each Gaussian."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridData:
+    """Gaussians on a square lattice."""
+
+    examples: int = 20_000
+    """Training examples."""
+    side: int = 5
+    """Gaussians per side."""
+    spacing: float = 2.0
+    """Distance of neighbours."""
+    std: float = 0.05
+    """Standard deviation of each Gaussian."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaussianData:
+    """One Gaussian with correlated dimensions."""
+
+    examples: int = 20_000
+    """Training examples."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RollData:
+    """A Swiss roll."""
+
+    examples: int = 20_000
+    """Training examples."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Start, Training):
+    """What every recipe of a diffusion model has."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GameOptions(Start, Playing):
+    """What every recipe of a game has."""

@@ -72,6 +72,21 @@ LIMITS: dict[str, tuple[float, float]] = {
     "edge": POSITIVE,
     "label": NUMBER,
     "at": POSITIVE,
+    "r1": (0.0, 1e300),
+    "r2": (0.0, 1e300),
+    "relax": FRACTION,
+    "latent": COUNT,
+    "critic_moves": COUNT,
+    "half_life": (0.0, 1e300),
+    "betas": (0.0, 1 - 1e-9),
+    "directions": NUMBER,
+    "finest": POSITIVE,
+    "critic_depth": COUNT,
+    "modes": COUNT,
+    "side": COUNT,
+    "radius": POSITIVE,
+    "std": POSITIVE,
+    "spacing": POSITIVE,
 }
 
 

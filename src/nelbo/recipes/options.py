@@ -1,15 +1,15 @@
-"""What a run can be told: one dataclass per recipe, its fields are the command line's options.
+"""What a diffusion run can be told: a dataclass per recipe, its fields are the options to type.
 
 The text under each field is its help. Nothing heavy is imported here. The fields that recipes
-share are in `groups`.
+share are in `groups`; the same data as games are in `games`, and which family a name means by
+default in `families`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
 
@@ -18,6 +18,11 @@ from nelbo.recipes.groups import Control as Control
 from nelbo.recipes.groups import Diffusion as Diffusion
 from nelbo.recipes.groups import Options as Options
 from nelbo.recipes.groups import UNetShape as UNetShape
+from nelbo.recipes.mixtures import Gaussian as Gaussian
+from nelbo.recipes.mixtures import Grid as Grid
+from nelbo.recipes.mixtures import Mixture as Mixture
+from nelbo.recipes.mixtures import Ring as Ring
+from nelbo.recipes.mixtures import SwissRoll as SwissRoll
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,27 +56,6 @@ class Digits(Options, Diffusion, UNetShape):
     ema: float = 0.998
     validate_every: int = 500
     save_every: int = 500
-
-
-@dataclass(frozen=True, kw_only=True)
-class SwissRoll(Options, Diffusion):
-    """A Swiss roll in the plane, a finite Gaussian mixture: the entropy is known."""
-
-    examples: int = 20_000
-    """Training examples."""
-    width: int = 128
-    """Hidden width of the network."""
-    depth: int = 3
-    """Residual blocks."""
-    steps: int = 8000
-    batch: int = 512
-    predict: Literal["epsilon", "x0", "velocity", "mean", "levels"] = "velocity"
-    decoder: Literal["discretized", "mass", "density", "fixed"] = "density"
-    logsnr_max: float = 8.0
-    logsnr_min: float = -6.0
-    rate: float = 2e-3
-    samples: int = 2000
-    calls: int | None = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,6 +224,9 @@ class Cifar10(Options, Diffusion, UNetShape):
 RECIPES: dict[str, type[Options]] = {
     "digits": Digits,
     "swissroll": SwissRoll,
+    "ring": Ring,
+    "grid": Grid,
+    "gaussian": Gaussian,
     "heartbeat": Heartbeat,
     "deadleaves": DeadLeaves,
     "texture": Texture,
@@ -249,34 +236,3 @@ RECIPES: dict[str, type[Options]] = {
     "mnist": Mnist,
     "cifar10": Cifar10,
 }
-_CONTROL = {f.name for f in dataclasses.fields(Control)}
-
-
-def name_of(options: Options) -> str:
-    """The recipe's name."""
-    return next(name for name, kind in RECIPES.items() if type(options) is kind)
-
-
-def stored(options: Options) -> dict[str, Any]:
-    """JSON-able fields that define the run (no `Control`)."""
-    values = {k: v for k, v in dataclasses.asdict(options).items() if k not in _CONTROL}
-    return {k: str(v.absolute()) if isinstance(v, Path) else v for k, v in values.items()}
-
-
-def restored(name: str, values: dict[str, Any]) -> Options:
-    """Options from what `stored` gave; unknown names are refused, absent ones take defaults.
-
-    Raises:
-        ValueError: the recipe or a field is unknown to this version.
-    """
-    if name not in RECIPES:
-        raise ValueError(f"this version of nelbo has no recipe {name!r}: {', '.join(RECIPES)}")
-    kind = RECIPES[name]
-    known = {f.name: f for f in dataclasses.fields(kind)}
-    extra = set(values) - set(known)
-    if extra:
-        raise ValueError(f"this version of nelbo does not know the options {sorted(extra)}")
-    fixed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    if "path" in fixed:
-        fixed["path"] = Path(fixed["path"])
-    return kind(**fixed)

@@ -1,4 +1,4 @@
-"""A recipe: everything a run consists of, built and typed."""
+"""A recipe: everything a run consists of, built and typed, in either family."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from nelbo.data.base import Dataset
+from nelbo.gan import Game, Rules
 from nelbo.objectives import Augmented, Objective
-from nelbo.recipes.options import Options
+from nelbo.recipes.groups import GameOptions, Options
 from nelbo.reverse import Reverse
 
 TRUTH, OPTIMUM = "truth", "exact optimum of this set-up"
@@ -52,3 +53,19 @@ class Recipe(Subject):
     name: str
     options: Options
     objective: Objective | Augmented
+
+
+@dataclass(frozen=True, kw_only=True)
+class GameRecipe:
+    """A game with fresh weights, the data that it is about, and how it is played.
+
+    Arguments:
+        description: short words for reports: who plays, for what.
+    """
+
+    name: str
+    options: GameOptions
+    dataset: Dataset
+    game: Game
+    rules: Rules
+    description: dict[str, str] = field(default_factory=dict)

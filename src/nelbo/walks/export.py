@@ -8,12 +8,19 @@ from typing import Any
 
 from nelbo import __version__
 from nelbo.commands import Export
+from nelbo.errors import InputRefused
 from nelbo.interop.export import Origin, write
+from nelbo.walks.played import is_game
 from nelbo.walks.stored import open_run
 
 
 def run(options: Export) -> dict[str, Any]:
     """`nelbo export`: open, convert, write, print where."""
+    if is_game(options.run):
+        raise InputRefused(
+            f"{options.run}: a game's generator is no diffusion model, and --to {options.to} has "
+            "no form for it; its weights are generator-ema.safetensors in each checkpoint"
+        )
     stored = open_run(options.run, options.checkpoint)
     subject = stored.subject
     written = stored.directory.open()

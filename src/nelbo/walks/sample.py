@@ -109,19 +109,25 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     if not len(dataset.test):
         return _write_alone(folder, samples, dataset.levels)
-    real = dataset.test[: len(samples)]
     process = stored.subject.model.cpu().process
     marks = sorted(len(times) - 1 - k for k in _marks(len(times)))
     count = 512 if dataset.levels is None else 8
     forward = forward_strip(stored.subject, times, count, seed)
-    arrays = {"samples": samples.numpy(), "real": real.numpy()}
-    save_arrays(folder / "samples.npz", arrays)
     states = {
         "forward": _stills(dataset, forward).numpy(),
         "reverse": _stills(dataset, strip["reverse"][:, :count]).numpy(),
         "logsnr": np.r_[np.inf, process.schedule.logsnr(times[torch.tensor(marks)]).numpy()],
     }
     save_arrays(folder / "strip.npz", states)
+    return write_beside(folder, dataset, samples)
+
+
+def write_beside(folder: Path, dataset: Dataset, samples: Tensor) -> dict[str, Any]:
+    """Write samples.npz with real data beside it and a picture of each into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    real = dataset.test[: len(samples)]
+    arrays = {"samples": samples.numpy(), "real": real.numpy()}
+    save_arrays(folder / "samples.npz", arrays)
     save_grid(folder / "samples.png", samples[:100].numpy(), dataset.levels)
     save_grid(folder / "real.png", real[:100].numpy(), dataset.levels)
     return {"picture": str(folder / "samples.png"), "array": str(folder / "samples.npz")}
@@ -210,15 +216,24 @@ def folder_of(options: Sample, stored: Stored, name: str) -> Path:
     Raises:
         UsageError: --out exists.
     """
-    if options.out is not None:
-        if options.out.exists():
-            raise UsageError(
-                f"{options.out} exists, and nothing in it is overwritten: name another --out"
-            )
-        return options.out
     place = stored.directory.samples / name
     if stored.assumed is not None:
         place = Path("samples") / f"{options.run.resolve().name}-{name}"
+    return free(options.out, place)
+
+
+def free(asked: Path | None, place: Path) -> Path:
+    """The folder that was asked for, or `place` with the first number that is free.
+
+    Raises:
+        UsageError: the folder that was asked for exists.
+    """
+    if asked is not None:
+        if asked.exists():
+            raise UsageError(
+                f"{asked} exists, and nothing in it is overwritten: name another --out"
+            )
+        return asked
     found, number = place, 1
     while found.exists():
         number += 1

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import time
 import traceback
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nelbo import checkpoint, console
-from nelbo.design import enough
 from nelbo.errors import InputRefused, exit_code
-from nelbo.estimate import NATS
-from nelbo.fewcalls import Plan
 from nelbo.files import set_aside
-from nelbo.recipes.recipe import Recipe
+from nelbo.recipes.groups import Start
 from nelbo.rundir import RunDirectory
-from nelbo.trainer import Record, Trainer
-from nelbo.walks.measuring import Request, measure, plan_of
+from nelbo.trainer import Trainer
 from nelbo.walks.signals import Stop
-from nelbo.walks.stored import PLAYER, best_step
+from nelbo.walks.stored import best_step
+from nelbo.walks.watch import Watch
 
 LOG_POINTS = 400
 """Lines of training loss in metrics.jsonl, about."""
@@ -31,22 +27,19 @@ class Session:
     """One start of a run: trains, saves, validates, and remembers what to show."""
 
     directory: RunDirectory
-    recipe: Recipe
+    options: Start
     trainer: Trainer
-    quiet: bool
+    watch: Watch
     seconds: float = 0.0
     validation: dict[str, Any] | None = None
-    losses: list[Record] = field(default_factory=list)
     mark: float = field(default_factory=time.monotonic)
-    shown_loss: float = math.nan
-    plan: Plan | None = None
-    """The devices of the validation, once they were made."""
     logged: float = 0.0
+    examples: int = 0
 
     @property
-    def model(self) -> Any:
-        """The averaged model: what is measured and sampled."""
-        return self.trainer.averages[PLAYER].module
+    def quiet(self) -> bool:
+        """Whether nothing is said on stderr."""
+        return self.options.quiet
 
     def status(self, state: str, code: int | None = None, message: str = "") -> None:
         seconds = round(self.seconds, 3)
@@ -97,10 +90,12 @@ class Session:
     def _load(self, path: Path, step: int) -> None:
         tensors = checkpoint.load(path).tensors
         expected = self.trainer.state_dict()
-        for name in (PLAYER, f"{PLAYER}-ema"):
-            checkpoint.check_tensors(tensors.get(name, {}), expected[name], str(path))
-        if f"{PLAYER}-optimizer" not in tensors:
-            raise InputRefused(f"{path}: {PLAYER}-optimizer.safetensors is missing")
+        for player in self.trainer.players:
+            averages = [f"{player.name}-ema"] if player.averaged else []
+            for name in (player.name, *averages):
+                checkpoint.check_tensors(tensors.get(name, {}), expected[name], str(path))
+            if f"{player.name}-optimizer" not in tensors:
+                raise InputRefused(f"{path}: {player.name}-optimizer.safetensors is missing")
         for name, group in self.trainer.carried_state().items():
             checkpoint.check_tensors(tensors.get(name, {}), group, str(path / name))
         self.trainer.load_state_dict(tensors, step)
@@ -113,7 +108,7 @@ class Session:
         if not path.exists():
             checkpoint.save(path, self.trainer.state_dict(), info)
         best = best_step(self.directory)
-        newest = [step for step, _ in checkpoint.steps(root)][-self.recipe.options.keep :]
+        newest = [step for step, _ in checkpoint.steps(root)][-self.options.keep :]
         checkpoint.prune(root, {self.trainer.step, *newest, *(() if best is None else (best,))})
         self.status("running")
 
@@ -121,19 +116,19 @@ class Session:
 
     def train(self, stop: Stop) -> int:
         """Train to the end, or to a signal; returns the exit code."""
-        options, trainer = self.recipe.options, self.trainer
+        options, trainer = self.options, self.trainer
         self.mark = time.monotonic()
         with console.Meter("train", trainer.steps, "steps", self.quiet) as meter:
             for record in trainer:
                 self._count()
-                self.losses.append(record)
-                meter.update(record.step, self._note())
+                self.examples += record.examples
+                meter.update(record.step, self.watch.note(record))
                 last = record.step == trainer.steps
                 self.validation = None
                 if options.validate_every and (record.step % options.validate_every == 0 or last):
                     self.validate()
                 if record.step % max(1, trainer.steps // LOG_POINTS) == 0 or last:
-                    self._log()
+                    self._log(record.rate)
                 if stop.signal is not None or last or record.step % options.save_every == 0:
                     self.save()
                 if stop.signal is not None:
@@ -153,55 +148,27 @@ class Session:
         return stop.exit_code
 
     def validate(self) -> None:
-        """The bound of the averaged model on the validation part; the same draws every time."""
-        if len(self.recipe.dataset.validation) < 2:
+        """A look at the validation part, written down."""
+        found = self.watch.validate()
+        if found is None:
             return
-        calls = enough(len(self.recipe.dataset.validation), self.recipe.options.validate_calls)
-        request = Request("validation", calls, seed=0, quiet=True)
-        # controls must know the schedule of the very model that is measured: it may be learned
-        subject = replace(self.recipe, model=self.model)
-        if self.plan is None:  # the same data every time: what is fitted to them is kept
-            self.plan = plan_of(subject, request)
-        (result,) = measure(subject, [self.model], request, plan=self.plan)
-        estimate = result.estimates()["total"].bits_per_dim(self.recipe.dataset.dims)
-        self.validation = estimate.as_json()
+        self.validation = found.kept
         row = {"step": self.trainer.step, "seconds": round(self.seconds, 3)}
-        self.directory.metric({**row, "validation": self.validation})
+        self.directory.metric({**row, **found.row})
         if not self.quiet:
-            rate = f"{self.trainer.step} of {self.trainer.steps} steps"
-            console.say(f"{rate}: validation bound {estimate}, loss {self._shown()}")
+            console.say(f"{self.trainer.step} of {self.trainer.steps} steps: {found.text}")
         self.mark = time.monotonic()
 
-    def _loss(self) -> float:
-        """Mean loss since the last line: bits/dim of the bound, else as the objective has it."""
-        mean = math.fsum(r.losses[PLAYER] for r in self.losses) / len(self.losses)
-        if self.recipe.objective.unit != NATS:
-            return mean
-        return (mean + self.recipe.dataset.offset()) / (self.recipe.dataset.dims * math.log(2))
-
-    def _shown(self) -> str:
-        unit = " bits/dim" if self.recipe.objective.unit == NATS else ""
-        return f"{self.shown_loss:.3f}{unit}"
-
-    def _note(self) -> str:
-        value = self._loss() if self.losses else self.shown_loss
-        decay = 0.0 if math.isnan(self.shown_loss) else 0.98
-        self.shown_loss = value if not decay else decay * self.shown_loss + (1 - decay) * value
-        return f"loss {self._shown()}"
-
-    def _log(self) -> None:
-        record = self.losses[-1]
-        examples = sum(r.examples for r in self.losses)
+    def _log(self, rate: float) -> None:
         seconds = self.seconds - self.logged
         self.logged = self.seconds
         self.directory.metric(
             {
-                "step": record.step,
-                "loss": self._loss(),
-                "grad_norm": record.grad_norms[PLAYER] / self.recipe.dataset.dims,
-                "lr": record.rate,
-                "examples_per_second": examples / max(seconds, 1e-9),
+                "step": self.trainer.step,
+                **self.watch.row(),
+                "lr": rate,
+                "examples_per_second": self.examples / max(seconds, 1e-9),
                 "seconds": round(self.seconds, 3),
             }
         )
-        self.losses.clear()
+        self.examples = 0

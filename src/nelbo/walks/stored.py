@@ -13,13 +13,15 @@ import torch
 
 from nelbo import checkpoint, console
 from nelbo.commands import Elsewhere, Evaluate, Sample
+from nelbo.data.base import Dataset
 from nelbo.errors import InputRefused, UsageError
 from nelbo.files import exhausted, hidden
 from nelbo.interop.foreign import Assumptions
 from nelbo.recipes import foreign
 from nelbo.recipes.build import build
-from nelbo.recipes.options import Options, restored
-from nelbo.recipes.recipe import Recipe, Subject
+from nelbo.recipes.families import DIFFUSION, Run, restored
+from nelbo.recipes.groups import Options
+from nelbo.recipes.recipe import Subject
 from nelbo.rundir import RunDirectory
 
 PLAYER = "model"
@@ -60,22 +62,22 @@ def device_of(name: str) -> str:
     return name
 
 
-def options_of(directory: RunDirectory) -> Options:
+def options_of(directory: RunDirectory) -> Run:
     """The options with which a run was started."""
     written = directory.open()
     try:
-        return restored(written["recipe"], written["options"])
+        return restored(written["recipe"], written["options"], written.get("family", DIFFUSION))
     except (ValueError, TypeError, KeyError) as error:
         raise InputRefused(f"{directory.path / 'recipe.json'}: {error}") from error
 
 
-def check_data(directory: RunDirectory, recipe: Recipe) -> None:
+def check_data(directory: RunDirectory, dataset: Dataset) -> None:
     """Refuse data that is no longer what the run was trained on."""
     before = directory.open().get("data", {}).get("sha256")
-    now = recipe.dataset.record.get("sha256")
+    now = dataset.record.get("sha256")
     if before != now:
         raise InputRefused(
-            f"{recipe.dataset.record.get('path', recipe.dataset.name)}: the data changed since "
+            f"{dataset.record.get('path', dataset.name)}: the data changed since "
             f"this run was started (SHA-256 {str(now)[:12]}..., then {str(before)[:12]}...); "
             "put the old data back, or start a new run"
         )
@@ -85,14 +87,21 @@ def open_run(path: Path, which: str = "newest", device: str = "cpu") -> Stored:
     """Build the model of a run and load the averaged weights of a checkpoint.
 
     Arguments:
-        which: "newest", "best" (by validation bound), or a step number.
+        which: "newest", "best" (by its validation), or a step number.
     Raises:
-        InputRefused: no run, no valid checkpoint, data that changed, or tensors that do not fit.
+        InputRefused: no run, no valid checkpoint, data that changed, tensors that do not fit, or
+            a game.
     """
     directory = RunDirectory(path)
-    recipe = build(options_of(directory))
-    check_data(directory, recipe)
-    step, loaded = _choose(directory, which)
+    options = options_of(directory)
+    if not isinstance(options, Options):
+        raise InputRefused(
+            f"{path}: a generator has no likelihood: nelbo compare data {path} measures its "
+            "samples"
+        )
+    recipe = build(options)
+    check_data(directory, recipe.dataset)
+    step, loaded = choose(directory, which)
     state = loaded.tensors.get(f"{PLAYER}-ema", {})
     where = str(checkpoint.step_path(directory.checkpoints, step))
     checkpoint.check_tensors(state, recipe.model.state_dict(), where)
@@ -168,7 +177,8 @@ def assumptions(assumed: dict[str, str]) -> str:
     return console.clean("\n".join(["assumed, since the files do not say:", *rows]))
 
 
-def _choose(directory: RunDirectory, which: str) -> tuple[int, checkpoint.Loaded]:
+def choose(directory: RunDirectory, which: str) -> tuple[int, checkpoint.Loaded]:
+    """The step and the tensors of the checkpoint that --checkpoint names."""
     if which == "newest":
         step, loaded, problems = checkpoint.newest_valid(directory.checkpoints)
         for problem in problems:
@@ -186,7 +196,7 @@ def _choose(directory: RunDirectory, which: str) -> tuple[int, checkpoint.Loaded
 
 
 def best_step(directory: RunDirectory) -> int | None:
-    """The checkpoint with the lowest validation bound; None if none was validated."""
+    """The checkpoint with the lowest validation figure; None if none was validated."""
     scores: list[tuple[float, int]] = []
     for step, path in checkpoint.steps(directory.checkpoints):
         score = _validation(path)

@@ -1,4 +1,4 @@
-"""Train: from options to a run directory that holds a model, its bound, samples and a report."""
+"""Train: from options to a run directory that holds a model, its figures, samples, a report."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from nelbo.averages import Warming
 from nelbo.data.loading import batch_indices
 from nelbo.design import enough
 from nelbo.errors import InputRefused, ResourceExhausted
+from nelbo.recipes.adversarial import build_game
 from nelbo.recipes.build import build
-from nelbo.recipes.options import Options, name_of, stored
+from nelbo.recipes.families import Run, family_of, flag_of, folder_name, name_of, stored
+from nelbo.recipes.groups import GameOptions, Options
 from nelbo.recipes.recipe import Recipe
 from nelbo.rundir import RunDirectory, default_path
 from nelbo.samplers import Ancestral
@@ -24,19 +26,23 @@ from nelbo.trainer import Player, Rate, Trainer
 from nelbo.walks import evaluate as evaluating
 from nelbo.walks import sample as sampling
 from nelbo.walks.measuring import Request, measure
+from nelbo.walks.play import Playing
 from nelbo.walks.session import Session
 from nelbo.walks.signals import Stop, ending
 from nelbo.walks.stored import PLAYER, Stored, check_data, device_of, options_of
+from nelbo.walks.training import Training
+from nelbo.walks.watch import BoundWatch, Watch
 
 
-def run(options: Options, arguments: list[str]) -> int:
+def run(options: Run, arguments: list[str]) -> int:
     """`nelbo train`: returns the exit code."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    directory = RunDirectory(options.out or default_path(name_of(options)))
-    recipe = _begin(directory, options, arguments)
+    directory = RunDirectory(options.out or default_path(folder_name(options)))
+    training = _begin(directory, options, arguments)
     device = device_of(options.device)
-    session = Session(directory, recipe, trainer_of(recipe, device), options.quiet)
+    trainer = training.trainer(device)
+    session = Session(directory, _shown(training, options), trainer, training.watch(trainer))
     directory.environment(device)
     try:
         with Stop() as stop:
@@ -44,7 +50,7 @@ def run(options: Options, arguments: list[str]) -> int:
             code = session.train(stop)
         if code == 0:
             with ending():
-                finish(session, device, options.json)
+                training.finish(session, device)
     except BaseException as error:
         # if the disk is full this fails as well, and the first error says more
         with suppress(ResourceExhausted):
@@ -55,38 +61,79 @@ def run(options: Options, arguments: list[str]) -> int:
     return code
 
 
-def _begin(directory: RunDirectory, options: Options, arguments: list[str]) -> Recipe:
+def _shown(training: Training, options: Run) -> Run:
+    """The run's own options, with how this start is to speak."""
+    return dataclasses.replace(training.options, json=options.json, quiet=options.quiet)
+
+
+def _made(options: Run) -> Training:
+    """What the options mean, with fresh weights."""
+    if isinstance(options, GameOptions):
+        return Playing(build_game(options))
+    return Diffusing(build(options))
+
+
+def _begin(directory: RunDirectory, options: Run, arguments: list[str]) -> Training:
     """A new directory, or with --resume the one that exists."""
     if options.resume and directory.begun():
         directory.open()
         directory.lock()
-        recipe = build(options_of(directory))
-        check_data(directory, recipe)
-        _say_ignored(options, recipe)
-        return recipe
-    recipe = build(options)
+        training = _made(options_of(directory))
+        check_data(directory, training.dataset)
+        _say_ignored(options, training.options)
+        return training
+    training = _made(options)
     # refuse data that cannot fill a batch before anything is written
-    batch_indices(len(recipe.dataset.train), options.batch, options.seed, 0)
-    parameters = sum(p.numel() for p in recipe.model.parameters())
+    batch_indices(len(training.dataset.train), options.batch, options.seed, 0)
     about = {
-        "recipe": recipe.name,
+        "recipe": training.name,
+        "family": family_of(options),
         "options": stored(options),
-        "data": recipe.dataset.record,
-        "model": {"parameters": parameters, "description": recipe.description},
+        "data": training.dataset.record,
+        "model": training.model(),
     }
     directory.create(about, arguments)
-    return recipe
+    return training
 
 
-def _say_ignored(options: Options, recipe: Recipe) -> None:
+def _say_ignored(options: Run, own: Run) -> None:
     """With --resume the run keeps its own options; say so if others were typed."""
-    if name_of(options) != recipe.name:
-        raise InputRefused(f"the run to resume is of the recipe {recipe.name}")
-    before, now = stored(recipe.options), stored(options)
-    defaults = stored(type(options)(**({"path": options.path} if "path" in now else {})))  # type: ignore[attr-defined]
+    if type(options) is not type(own):
+        words = " ".join([name_of(own), *flag_of(own)])
+        raise InputRefused(f"the run to resume is of the recipe {words}")
+    before, now = stored(own), stored(options)
+    defaults = stored(type(options)(**({"path": options.path} if "path" in now else {})))  # type: ignore[union-attr]
     typed = sorted(k for k in now if now[k] != before[k] and now[k] != defaults[k])
     if typed:
         console.say(f"--resume keeps the options of the run; ignored: {', '.join(typed)}")
+
+
+class Diffusing(Training):
+    """A diffusion model.
+
+    Arguments:
+        recipe: with fresh weights.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.name = recipe.name
+        self.options: Options = recipe.options
+        self.dataset = recipe.dataset
+
+    def model(self) -> dict[str, Any]:
+        parameters = sum(p.numel() for p in self.recipe.model.parameters())
+        return {"parameters": parameters, "description": self.recipe.description}
+
+    def trainer(self, device: str) -> Trainer:
+        return trainer_of(self.recipe, device)
+
+    def watch(self, trainer: Trainer) -> Watch:
+        return BoundWatch(self.recipe, trainer)
+
+    def finish(self, session: Session, device: str) -> None:
+        averaged: Any = session.trainer.averages[PLAYER].module
+        finish(session, dataclasses.replace(self.recipe, model=averaged), device)
 
 
 def trainer_of(recipe: Recipe, device: str) -> Trainer:
@@ -141,9 +188,12 @@ def _autocast(device: str) -> Any:
     return context
 
 
-def finish(session: Session, device: str, as_json: bool) -> None:
-    """Measure, sample, report, print."""
-    recipe = dataclasses.replace(session.recipe, model=session.model)
+def finish(session: Session, recipe: Recipe, device: str) -> None:
+    """Measure, sample, report, print.
+
+    Arguments:
+        recipe: with the averaged model.
+    """
     stored_run = Stored(session.directory, recipe, session.trainer.step, {})
     options = recipe.options
     # a small test part needs more calls than asked for; nothing may be lost for that at the end
@@ -167,7 +217,7 @@ def finish(session: Session, device: str, as_json: bool) -> None:
     sampling.write(stored_run, session.directory.samples, samples, strip, times, options.seed)
     session.status("finished", 0)
     page = report.write(session.directory.path)
-    if as_json:
+    if session.options.json:
         print(json.dumps({**value, "run": str(session.directory.path)}, indent=1))
     else:
         print(evaluating.lines(value))

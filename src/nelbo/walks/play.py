@@ -1,0 +1,188 @@
+r"""Train a game: two players, the value of the game beside them, and samples at the end.
+
+The value that is shown is that of the training discriminator on training batches: it certifies
+nothing. The best checkpoint is the one whose samples have the least sliced Wasserstein distance to
+the validation part, the mean over directions u of W_2^2(u.x, u.y), on the model's scale: a figure
+that no player minimises, and that leaves the test part untouched.
+
+References:
+    Rabin, Peyré, Delon, Bernot 2011; Bonneel, Rabin, Peyré, Pfister 2015, section 3.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nelbo import report
+from nelbo.averages import Halving
+from nelbo.data.loading import batch_indices
+from nelbo.gan import DiscriminatorLoss, GeneratorLoss
+from nelbo.randomness import generator, seeded
+from nelbo.recipes.recipe import GameRecipe
+from nelbo.trainer import Player, Rate, Record, Trainer
+from nelbo.walks.generate import draw
+from nelbo.walks.played import DISCRIMINATOR, GENERATOR, Played, drawn
+from nelbo.walks.sample import write_beside
+from nelbo.walks.session import Session
+from nelbo.walks.training import Training
+from nelbo.walks.watch import Validation, Watch
+
+DIRECTIONS = 256
+LEAST = 1000
+"""Samples at least that are compared with the validation part."""
+PATIENCE = 0.5
+"""Seconds between two values of the game that are shown."""
+
+
+class Playing(Training):
+    """A game.
+
+    Arguments:
+        recipe: with fresh weights.
+    """
+
+    def __init__(self, recipe: GameRecipe) -> None:
+        self.recipe = recipe
+        self.name = recipe.name
+        self.options = recipe.options
+        self.dataset = recipe.dataset
+
+    def model(self) -> dict[str, Any]:
+        parameters = sum(p.numel() for p in self.recipe.game.parameters())
+        return {"parameters": parameters, "description": self.recipe.description}
+
+    def trainer(self, device: str) -> Trainer:
+        return trainer_of(self.recipe, device)
+
+    def watch(self, trainer: Trainer) -> Watch:
+        return GameWatch(self.recipe, trainer)
+
+    def finish(self, session: Session, device: str) -> None:
+        averaged = session.trainer.averages[GENERATOR].module
+        step = session.trainer.step
+        played = Played(session.directory, self.recipe, averaged, step, device, {})
+        finish(session, played)
+
+
+def trainer_of(recipe: GameRecipe, device: str) -> Trainer:
+    """The trainer of a game: k moves of the discriminator, then one of the generator."""
+    options, dataset, rules = recipe.options, recipe.dataset, recipe.rules
+    game = recipe.game.to(device)
+
+    def batch(move: int) -> Tensor:
+        rows = batch_indices(len(dataset.train), options.batch, options.seed, move)
+        return dataset.encode(dataset.train[rows]).to(device)
+
+    def progress() -> float:
+        return max(0, trainer.step - options.warmup) / max(trainer.steps - options.warmup, 1)
+
+    def adam(module: nn.Module) -> torch.optim.Optimizer:
+        weights = module.parameters()
+        return torch.optim.Adam(weights, lr=options.rate, betas=options.betas, fused=True)
+
+    critic, maker = game.discriminator, game.generator
+    loss_critic = DiscriminatorLoss(game, rules, progress)
+    moves = options.critic_moves
+    trainer = Trainer(
+        [
+            Player(DISCRIMINATOR, critic, adam(critic), loss_critic, moves, averaged=False),
+            Player(GENERATOR, maker, adam(maker), GeneratorLoss(game, rules)),
+        ],
+        batch,
+        Rate(options.rate, options.steps, options.warmup, options.decay),
+        steps=options.steps,
+        seed=options.seed,
+        ema=Halving(options.half_life, options.batch),
+        clip=None if options.clip is None else options.clip * dataset.dims,
+    )
+    return trainer
+
+
+class GameWatch(Watch):
+    """A game: the players' losses, the running value, and how far samples are from held-out data.
+
+    Arguments:
+        recipe, trainer: of the run.
+    """
+
+    def __init__(self, recipe: GameRecipe, trainer: Trainer) -> None:
+        self.recipe = recipe
+        self.trainer = trainer
+        self.records: list[Record] = []
+        self.text = ""
+        self.due = 0.0
+
+    def note(self, record: Record) -> str:
+        self.records.append(record)
+        if time.monotonic() >= self.due:
+            self.due = time.monotonic() + PATIENCE
+            self.text = f"JSD (training D, not certified) {self._plug_in():.3f} nats"
+        return self.text
+
+    def row(self) -> Mapping[str, Any]:
+        """Means of the losses, the value and the gradient norms, these per dimension."""
+        last, dims = self.records[-1], self.recipe.dataset.dims
+        found = {
+            "loss": self._mean(GENERATOR),
+            "loss_discriminator": self._mean(DISCRIMINATOR),
+            "jsd_plugin": self._plug_in(),
+            "grad_norm": last.grad_norms[GENERATOR] / dims,
+            "grad_norm_discriminator": last.grad_norms[DISCRIMINATOR] / dims,
+        }
+        self.records.clear()
+        return found
+
+    def _mean(self, name: str) -> float:
+        return math.fsum(r.losses[name] for r in self.records) / len(self.records)
+
+    def _plug_in(self) -> float:
+        loss = self.trainer.players[0].loss
+        assert isinstance(loss, DiscriminatorLoss)
+        return loss.plug_in()
+
+    def validate(self) -> Validation | None:
+        """Samples of the averaged generator against the validation part; the same z every time."""
+        rows = self.recipe.dataset.validation
+        if len(rows) < 2:
+            return None
+        averaged, encode = self.trainer.averages[GENERATOR].module, self.recipe.dataset.encode
+        device = str(next(averaged.parameters()).device)
+        copies = -(-LEAST // len(rows))
+        with seeded(0, "validation"):
+            samples = drawn(self.recipe, averaged, copies * len(rows), device)
+        value = sliced(encode(rows).repeat(copies, *[1] * (rows.ndim - 1)), encode(samples))
+        kept = {"mean": value, "unit": "sliced Wasserstein, model's scale", "n": len(rows)}
+        jsd = f"JSD (training D, not certified) {self._plug_in():.3f} nats"
+        text = f"sliced Wasserstein to validation {value:.4g}, {jsd}"
+        return Validation(kept, {"sliced_wasserstein": value}, text)
+
+
+def sliced(real: Tensor, fake: Tensor) -> float:
+    """The mean of W_2^2 over random directions, (n, *shape) both; squared units of the rows."""
+    x, y = (side.flatten(1).double() for side in (real, fake))
+    draws = generator(0, "directions", x.shape[1])
+    ways = torch.randn(x.shape[1], DIRECTIONS, dtype=torch.float64, generator=draws)
+    ways = ways / ways.norm(dim=0)
+    return float(((x @ ways).sort(0).values - (y @ ways).sort(0).values).square().mean())
+
+
+def finish(session: Session, played: Played) -> None:
+    """Sample, report, print where."""
+    options = played.recipe.options
+    samples = draw(played, options.samples, options.seed, session.quiet)
+    paths = write_beside(session.directory.samples, played.recipe.dataset, samples)
+    # the certificate on the test part (compare) belongs here: after the samples, before the report
+    session.status("finished", 0)
+    page = report.write(session.directory.path)
+    if session.options.json:
+        about = {"schema": 1, "family": "game", "step": played.step, **paths}
+        print(json.dumps({**about, "report": str(page), "run": str(session.directory.path)}))
+    else:
+        print("\n".join([*paths.values(), f"report: {page}"]))
