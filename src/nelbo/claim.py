@@ -11,7 +11,7 @@ import hashlib
 import io
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ class Certificate:
             None in prequential mode. tv_lower: bound on total variation, from the same cells.
         accuracy, auc: of the logits on the certificate set.
         version: of the program.
+        score: stored rows (n, *shape) -> (n,) logits, in the program that made it alone.
     """
 
     jsd_nats_lower: float
@@ -87,6 +88,7 @@ class Certificate:
     accuracy: float = math.nan
     auc: float = math.nan
     version: str = nelbo.__version__
+    score: Callable[[Tensor], Tensor] | None = None
 
     @property
     def level(self) -> float:
@@ -129,7 +131,7 @@ class Certificate:
 
     def as_json(self) -> dict[str, Any]:
         """All but the logits, as a JSON object; what is not finite becomes null."""
-        arrays = {"logits_real", "logits_fake", "clips"}
+        arrays = {"logits_real", "logits_fake", "clips", "score"}
         found: dict[str, Any] = {}
         for field in fields(self):
             if field.name not in arrays:

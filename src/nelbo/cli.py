@@ -128,6 +128,16 @@ def sample(arguments: list[str]) -> int:
     return 0
 
 
+def compare(arguments: list[str]) -> int:
+    """Certify how far samples are from data, at least."""
+    options = _parse("Compare", arguments)
+    from nelbo.walks import compare as walk
+
+    _threads(options.threads)
+    walk.run(options)
+    return 0
+
+
 def export(arguments: list[str]) -> int:
     """Write a run's model for another library."""
     options = _parse("Export", arguments)
@@ -161,6 +171,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "evaluate": evaluate,
     "sample": sample,
+    "compare": compare,
     "export": export,
     "report": report,
     "recipes": recipes,

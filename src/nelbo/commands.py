@@ -176,6 +176,64 @@ class Sample:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Compare:
+    """A certified lower bound on the Jensen-Shannon divergence between data and samples."""
+
+    real: tyro.conf.Positional[str]
+    """Data: a path; digits, swissroll, ring, grid or gaussian; or the word data, for a run's own
+    (its test part, which it was not trained on)."""
+    fakes: tyro.conf.Positional[tuple[str, ...]]
+    """Run directories, checkpoints of other code bases, files or folders of samples, or
+    FILE.py:FUNCTION with n -> (n, ...)."""
+    alpha: float = 0.05
+    """Probability with which a certificate may be wrong."""
+    n: int | None = None
+    """At most so many pairs in the certificate; 5,000 of data drawn from a known law."""
+    mode: Literal["split", "prequential"] = "split"
+    """Hold a part of the data out for the certificate, or (for few data) bet on block after block."""
+    ladder: tuple[float, ...] = (6.0, 3.0, 0.0, -3.0)
+    """Log-SNRs at which noise is added to both sides and a certificate made; empty for none."""
+    metrics: bool = True
+    """Companion metrics, each with its spread and a real-versus-real row."""
+    features: str = "auto"
+    """Of the metrics: raw, pca, classifier (labelled data), random (a fixed ConvNet), or
+    FILE.py:FUNCTION, which gives a torch module."""
+    weights: Path | None = None
+    """Safetensors for the module of --features."""
+    seeds: int = 5
+    """Draws of the samples over which a metric's spread is measured."""
+    calls: float = 16.0
+    """Network calls per example for the bound of a diffusion model, in the sandwich."""
+    checkpoint: str = "newest"
+    """Of runs: newest, best, or a step."""
+    sampler: Literal["ancestral", "ddim", "dpmpp", "heun"] = "ancestral"
+    """Of diffusion models. Only ancestral is the law that the bound speaks of."""
+    steps: int | None = None
+    """Latents to walk over; the model's own grid by default."""
+    grid: Literal["even", "logsnr", "optimal"] = "even"
+    """With --steps, which latents stay."""
+    variance: Literal["model", "posterior", "transition", "optimal"] = "model"
+    """Of the reverse steps."""
+    seed: int = 0
+    """Of the split, the draws and the classifiers."""
+    out: Path | None = None
+    """New folder for documents and arrays; RUN/compare/NAME by default, and none for samples that
+    are not a run's."""
+    size: int | None = None
+    """Crop the images of folders to a square and resize them to this size."""
+    elsewhere: Annotated[Elsewhere, tyro.conf.arg(name="")] = Elsewhere()
+    """Checkpoints of other code bases."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    threads: int | None = None
+    """CPU threads."""
+    json: bool = False
+    """Print one JSON document."""
+    quiet: bool = False
+    """No progress on stderr."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Export:
     """Write a run's model for another library."""
 

@@ -105,6 +105,7 @@ def certificate(
         clips=clips,
         accuracy=float((logits[0] > 0).double().mean() + (logits[1] <= 0).double().mean()) / 2,
         auc=_auc(*logits),
+        score=lambda rows: chosen.logits(inquiry.view(rows, "score")),
         **about,
     )
 

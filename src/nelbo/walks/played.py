@@ -91,9 +91,11 @@ def open_game(path: Path, which: str = "newest", device: str = "cpu") -> Played:
     check_data(directory, recipe.dataset)
     step, loaded = choose(directory, which)
     generator = recipe.game.generator
-    state = loaded.tensors.get(f"{GENERATOR}-ema", {})
     where = str(checkpoint.step_path(directory.checkpoints, step))
-    checkpoint.check_tensors(state, generator.state_dict(), where)
-    generator.load_state_dict(state)
-    generator.to(device).eval()
+    groups = {f"{GENERATOR}-ema": generator, DISCRIMINATOR: recipe.game.discriminator}
+    for group, module in groups.items():
+        state = loaded.tensors.get(group, {})
+        checkpoint.check_tensors(state, module.state_dict(), where)
+        module.load_state_dict(state)
+        module.to(device).eval()
     return Played(directory, recipe, generator, step, device, loaded.info)

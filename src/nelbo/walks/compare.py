@@ -1,0 +1,286 @@
+"""Compare: samples against data, from below by a certificate, from above by the bound where there
+is one, and by the companion metrics between.
+
+Every opponent is put before the same reals. What the certificate's pairs were looked at is counted
+in one ledger, because a certificate is only worth its error probability when it is opened once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nelbo.blurred import blurred
+from nelbo.certificate import Certificate, certify
+from nelbo.commands import Compare
+from nelbo.data.mixture import GaussianMixture
+from nelbo.design import enough
+from nelbo.errors import InputRefused, UsageError
+from nelbo.estimate import Estimate
+from nelbo.files import write_json_atomic
+from nelbo.jsd import phi
+from nelbo.judges import Judge, candidates
+from nelbo.ladder import Rung, ladder
+from nelbo.looks import Ledger
+from nelbo.modes import modes
+from nelbo.randomness import seeded
+from nelbo.rundir import default_path
+from nelbo.sandwich import Reference, Sandwich
+from nelbo.walks import measures, witness
+from nelbo.walks.measuring import Request, measure
+from nelbo.walks.opponents import HELD, Opponent, Reals, opponents, reals
+from nelbo.walks.stored import device_of, save_arrays
+from nelbo.walks.verdict import lines
+
+FOLDER = "compare"
+OPENED = (0.0, 0.15, 0.85)
+"""Shares of FIT, CAL and C among held-out reals where classifiers have others to learn from."""
+EXACT, MOST_BOUNDED = 1_000_000, 5000
+"""Samples behind a blurred divergence, where they cost little; reals behind a bound."""
+
+
+def run(options: Compare) -> None:
+    """`nelbo compare`: open, compare, write, print."""
+    device = device_of(options.device)
+    check(options)
+    against = opponents(options, device)
+    held = reals(options, against)
+    ledger = Ledger(default_path("looks.jsonl"))
+    documents = []
+    for one in against:
+        document, arrays = confront(options, held, one, ledger)
+        place = _place(options, held, one, len(against))
+        if place is not None:
+            write(place, document, arrays)
+            document["written"] = str(place)
+        documents.append(document)
+    if options.json:
+        whole = documents[0] if len(documents) == 1 else {"schema": 1, "compared": documents}
+        print(json.dumps(whole, indent=1))
+    else:
+        paths = [d["written"] for d in documents if "written" in d]
+        print("\n".join([lines(documents), *([""] if paths else []), *paths]))
+
+
+def check(options: Compare) -> None:
+    """Refuse what cannot be compared, before anything is opened.
+
+    Raises:
+        UsageError: says what to type.
+    """
+    if not options.fakes:
+        raise UsageError("name what is compared with the data: a run, or a file of samples")
+    if options.out is not None and options.out.exists():
+        raise UsageError(f"{options.out} exists, and is not overwritten: name another --out")
+    if options.weights is not None and not measures.is_module(options.features):
+        raise UsageError("--weights go with --features FILE.py:FUNCTION")
+
+
+def confront(
+    options: Compare, held: Reals, one: Opponent, ledger: Ledger | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The document and the arrays of one opponent before the reals."""
+    fakes = _fakes(options, held, one)
+    certificate = certify(held.rows, fakes, **_terms(options, held, one), ledger=ledger)
+    rungs = _ladder(options, held, one, fakes, certificate)
+    sandwich = _sandwich(options, held, one, certificate)
+    found = measures.measured(options, held, fakes) if options.metrics else None
+    document = {
+        "schema": 1,
+        "real": {
+            "name": held.name,
+            "what": held.what,
+            "sha256": held.dataset.record.get("sha256"),
+            "shape": list(held.dataset.shape()),
+            "levels": held.dataset.levels,
+        },
+        "fake": {"name": one.name, "kind": one.kind, "family": one.family, **one.about},
+        "certificate": certificate.as_json(),
+        "ladder": rungs,
+        "sandwich": sandwich.as_json() if sandwich else None,
+        "blurred": _blurs(options, held, fakes),
+        "metrics": found.as_json() if found else None,
+        "modes": _modes(options, held, fakes),
+        "remark": sandwich.verdict if sandwich else f"no bound: {one.unbounded}",
+    }
+    return document, {**certificate.arrays(), **witness.arrays(held, fakes, certificate, options)}
+
+
+def _fakes(options: Compare, held: Reals, one: Opponent) -> Any:
+    """A cheap sampler as it is; of a chain as many rows as are needed, once for all."""
+    if one.subject is None and one.family != "diffusion":
+        return one.fakes
+    count = len(held.rows) if held.fit is None else 2 * _used(options, held)
+    with seeded(options.seed, "compare", "fakes"):
+        return one.draw(count)
+
+
+def _used(options: Compare, held: Reals) -> int:
+    """Reals that are cut: enough for the pairs that were asked for."""
+    share = OPENED[2] if held.fit is not None else HELD
+    return len(held.rows) if options.n is None else min(len(held.rows), round(options.n / share))
+
+
+def _terms(options: Compare, held: Reals, one: Opponent) -> dict[str, Any]:
+    """What every certificate of a comparison is made with."""
+    usual: list[Judge] = list(candidates(None, held.dataset.shape()))
+    return {
+        "alpha": options.alpha,
+        "n": _used(options, held),
+        "judges": [*usual, *([one.judge] if one.judge is not None else [])],
+        "mode": options.mode,
+        "fit_real": held.fit,
+        "encode": held.dataset.encode,
+        "seed": options.seed,
+        "sampler_name": f"{one.name} {one.about.get('step', '')}".strip(),
+        **({"shares": OPENED} if held.fit is not None and options.mode == "split" else {}),
+    }
+
+
+def _ladder(
+    options: Compare, held: Reals, one: Opponent, fakes: Any, certificate: Certificate
+) -> list[dict[str, Any]]:
+    """A certificate for every noise level, and beside it the exact value where it is known."""
+    if not options.ladder:
+        return []
+    terms = _terms(options, held, one)
+    # the pairs are those of the first certificate: the look was counted there
+    rungs = ladder(held.rows, fakes, options.ladder, looks=certificate.looks, **terms)
+    return [
+        {
+            "logsnr": rung.logsnr,
+            "certificate": rung.certificate.as_json(),
+            "exact": _exact(options, held, fakes, rung),
+        }
+        for rung in rungs
+    ]
+
+
+def _exact(options: Compare, held: Reals, fakes: Any, rung: Rung) -> float | None:
+    mixture = _plane(held)
+    if mixture is None:
+        return None
+    scale = float(torch.as_tensor(held.dataset.scale).max())
+    found = _blur(options, fakes, mixture, scale * float(np.exp(-rung.logsnr / 2)))
+    return None if found is None else found["jsd_nats"]
+
+
+def _plane(held: Reals) -> GaussianMixture | None:
+    """The law of the reals, if it is a known mixture in the plane."""
+    truth = held.dataset.truth
+    known = truth is not None and truth.components is not None and truth.components.dims == 2
+    return truth.components if known and truth is not None else None
+
+
+def _blur(
+    options: Compare, fakes: Any, mixture: GaussianMixture, std: float
+) -> dict[str, Any] | None:
+    """The divergence after a blur of both laws; None where the blur is too fine to be computed."""
+    count = len(fakes) if isinstance(fakes, Tensor) else EXACT
+    dealt = 0
+
+    def sampler(n: int) -> Tensor:
+        nonlocal dealt
+        if not isinstance(fakes, Tensor):
+            return torch.as_tensor(fakes(n))
+        dealt += n
+        return fakes[dealt - n : dealt]
+
+    try:
+        with seeded(options.seed, "compare", "blur"):
+            found = blurred(sampler, mixture, std, count)
+    except InputRefused:
+        return None
+    return {"sd": std, "jsd_nats": found.value, "error": found.reach, "n": found.n}
+
+
+def _blurs(options: Compare, held: Reals, fakes: Any) -> list[dict[str, Any]]:
+    """The divergence from a known law after blurs by its own finest width, and by .1 of its sd."""
+    mixture = _plane(held)
+    if mixture is None:
+        return []
+    finest = float(torch.linalg.eigvalsh(mixture.covariances).min().sqrt())
+    scale = float(torch.as_tensor(held.dataset.scale).max())
+    found = [_blur(options, fakes, mixture, std) for std in (finest, 0.1 * scale)]
+    return [entry for entry in found if entry is not None]
+
+
+def _sandwich(
+    options: Compare, held: Reals, one: Opponent, certificate: Certificate
+) -> Sandwich | None:
+    """From above by the bound of the very chain that was drawn from; None where there is none."""
+    if one.subject is None:
+        return None
+    truth = held.dataset.truth
+    return Sandwich(
+        lower=certificate.jsd_nats_lower,
+        level=certificate.level,
+        bound=_bound(options, held, one),
+        entropy=None if truth is None else truth.entropy,
+        entropy_error=0.0 if truth is None else truth.entropy_error,
+    )
+
+
+def _bound(options: Compare, held: Reals, one: Opponent) -> Estimate:
+    """E L over the held-out reals, nats per example in stored units."""
+    assert one.subject is not None
+    rows = held.rows[:MOST_BOUNDED]
+    dataset = dataclasses.replace(one.subject.dataset, test=rows)
+    subject = dataclasses.replace(one.subject, dataset=dataset)
+    few = options.calls < len(subject.times)
+    calls = enough(len(rows), options.calls) if few else None
+    request = Request("test", calls, options.seed, quiet=options.quiet)
+    (result,) = measure(subject, [subject.model], request, "bound")
+    return result.estimates()["total"]
+
+
+def _modes(options: Compare, held: Reals, fakes: Any) -> dict[str, Any] | None:
+    """Mode counts of toys whose modes lie apart."""
+    mixture = _plane(held)
+    if mixture is None or not measures.apart(mixture):
+        return None
+    with seeded(options.seed, "compare", "modes"):
+        rows = fakes[:COUNTED] if isinstance(fakes, Tensor) else torch.as_tensor(fakes(COUNTED))
+    return modes(mixture, rows).as_json()
+
+
+COUNTED = 2500
+"""Samples whose modes are counted, as in PacGAN."""
+
+
+def _place(options: Compare, held: Reals, one: Opponent, several: int) -> Path | None:
+    """A path without suffix that is free: in --out, or in the run; None for bare samples."""
+    name = f"{held.name}-{one.name}" if one.folder is None else held.name
+    name += f"-step{one.about['step']:08d}" if "step" in one.about else ""
+    if options.out is not None:
+        base = options.out / (f"{one.name}-{name}" if several > 1 and one.folder else name)
+    elif one.folder is not None:
+        base = one.folder / FOLDER / name
+    else:
+        return None
+    found, number = base, 1
+    while found.with_name(f"{found.name}.json").exists():
+        number += 1
+        found = base.with_name(f"{base.name}-{number}")
+    return found
+
+
+def write(place: Path, document: dict[str, Any], arrays: dict[str, Any]) -> None:
+    """Write PLACE.npz, then PLACE.json."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    save_arrays(place.with_name(f"{place.name}.npz"), arrays)
+    write_json_atomic(place.with_name(f"{place.name}.json"), document)
+
+
+def exact_reference(value: float, error: float) -> Reference:
+    """A divergence that was found by other means than the two sides of the sandwich."""
+    return Reference(value, error, "decoder means, quadrature")
+
+
+__all__ = ["confront", "phi", "run", "write"]

@@ -1,0 +1,283 @@
+"""What is compared: data that nothing was trained on, and samplers of every kind.
+
+A run's model is drawn from as its bound describes it: the same object is walked and bounded, so
+that what is certified of the samples and what is bounded speak of one law. Data of a known law are
+drawn anew; the data of a run are its test part, and its other parts may train classifiers only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nelbo import console
+from nelbo.commands import Compare, Evaluate, Sample
+from nelbo.data import toys
+from nelbo.data.base import Dataset
+from nelbo.data.embedded import digits
+from nelbo.data.sources import open_path
+from nelbo.errors import InputRefused, UsageError
+from nelbo.randomness import generator
+from nelbo.recipes import foreign
+from nelbo.recipes.recipe import Subject
+from nelbo.samplers import Ancestral, Sampler, sample
+from nelbo.walks import fitting
+from nelbo.walks.played import is_game, open_game
+from nelbo.walks.sample import sampler_of
+from nelbo.walks.stored import open_checkpoint
+
+OWN = "data"
+BUILT_IN: dict[str, Callable[[], Dataset]] = {
+    "digits": digits,
+    "swissroll": toys.swissroll,
+    "ring": lambda: toys.ring(std=0.01),
+    "grid": toys.grid25,
+    "gaussian": toys.correlated,
+}
+CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class Opponent:
+    """Something that samples come from.
+
+    Arguments:
+        kind: run, checkpoint, array or function. family: game, diffusion or none.
+        fakes: n -> (n, *shape) stored rows, or the rows themselves.
+        subject: of a chain, the very model and grid that `fakes` walks; None where there is no
+            bound, with `unbounded` saying why.
+        judge: the game's own discriminator on stored rows.
+        data: what the run was trained on.
+    """
+
+    name: str
+    kind: str
+    family: str
+    fakes: Callable[[int], Tensor] | Tensor
+    about: dict[str, Any] = field(default_factory=dict)
+    subject: Subject | None = None
+    unbounded: str = ""
+    judge: nn.Module | None = None
+    data: Dataset | None = None
+    folder: Path | None = None
+
+    def draw(self, count: int) -> Tensor:
+        """Exactly `count` rows, or all of an array that has fewer."""
+        return self.fakes[:count] if isinstance(self.fakes, Tensor) else self.fakes(count)
+
+
+@dataclass(frozen=True)
+class Reals:
+    """Data, and what of it may be used for what.
+
+    Arguments:
+        rows: held out from training and choice of everything that is compared.
+        fit: more of the same, on which only classifiers are trained; None: no more.
+        what: in words.
+    """
+
+    name: str
+    dataset: Dataset
+    rows: Tensor
+    fit: Tensor | None
+    what: str
+
+
+def opponents(options: Compare, device: str) -> list[Opponent]:
+    """Everything that --fakes name.
+
+    Raises:
+        InputRefused: nothing known is there. UsageError: options that do not fit it.
+    """
+    found = [_opponent(options, path, device) for path in options.fakes]
+    names = [one.name for one in found]
+    return [
+        dataclasses.replace(one, name=f"{one.name} ({k + 1})")
+        if names.count(one.name) > 1
+        else one
+        for k, one in enumerate(found)
+    ]
+
+
+def _opponent(options: Compare, path: Path, device: str) -> Opponent:
+    if ":" in path.name and path.name.partition(":")[0].endswith(".py"):
+        return Opponent(path.name, "function", "none", _function(path), unbounded="a function")
+    if is_game(path):
+        return _game(options, path, device)
+    if foreign.is_foreign(path) or (path / "recipe.json").is_file():
+        return _chain(options, path, device)
+    rows = open_path(path, size=options.size).all
+    unbounded = "samples from a file have no bound"
+    return Opponent(path.name, "array", "none", rows, {"path": str(path)}, unbounded=unbounded)
+
+
+def _function(path: Path) -> Callable[[int], Tensor]:
+    """The function of `file.py:name`, which takes n and gives n rows."""
+    file, _, name = str(path).rpartition(":")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    if spec is None or spec.loader is None or not Path(file).is_file():
+        raise InputRefused(f"{file}: is no Python file; give FILE.py:FUNCTION")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise InputRefused(f"{file}: defines no function {name}; give FILE.py:FUNCTION")
+    found: Callable[[int], Tensor] = function
+    return found
+
+
+def _game(options: Compare, path: Path, device: str) -> Opponent:
+    for given, name in ((options.steps, "--steps"), (options.sampler, "--sampler")):
+        if given not in (None, "ancestral"):
+            raise UsageError(f"{name} is for chains; {path} is a game, which has no steps")
+    played = open_game(path, options.checkpoint, device)
+    return Opponent(
+        path.resolve().name,
+        "run",
+        "game",
+        played.sampler(),
+        {"path": str(path), "step": played.step, "weights": "ema", **played.recipe.description},
+        unbounded="a generator has no likelihood",
+        judge=played.recipe.game.discriminator,
+        data=played.recipe.dataset,
+        folder=path,
+    )
+
+
+def _chain(options: Compare, path: Path, device: str) -> Opponent:
+    data = Path(options.real) if foreign.is_foreign(path) else None
+    if data is not None and not data.exists():
+        raise UsageError(
+            f"{path} comes without data: name a path as REAL, to what it was trained on"
+        )
+    asked = Evaluate(
+        run=path,
+        checkpoint=options.checkpoint,
+        data=data,
+        size=options.size if data else None,
+        elsewhere=options.elsewhere,
+    )
+    stored = open_checkpoint(asked, device)
+    grid = Sample(
+        run=path,
+        sampler=options.sampler,
+        steps=options.steps,
+        grid=options.grid,
+        variance=options.variance,
+        seed=options.seed,
+        quiet=options.quiet,
+    )
+    model, times = fitting.sampled(stored, grid, device)
+    subject = dataclasses.replace(stored.subject, model=model, times=times)
+    way = sampler_of(options.sampler, 0.0)
+    same = isinstance(way, Ancestral)
+    words = f"{options.sampler}, {len(times)} latents, variance {options.variance}"
+    return Opponent(
+        path.resolve().name,
+        "run" if stored.assumed is None else "checkpoint",
+        "diffusion",
+        draws(subject, way, device, options.quiet),
+        {"path": str(path), "step": stored.step, "weights": "ema", "sampler": words},
+        subject=subject if same else None,
+        unbounded="" if same else f"the bound is not of the {options.sampler} sampler",
+        data=stored.subject.dataset if stored.assumed is None else None,
+        folder=path if stored.assumed is None else None,
+    )
+
+
+def draws(subject: Subject, way: Sampler, device: str, quiet: bool) -> Callable[[int], Tensor]:
+    """n -> stored rows drawn by walking the subject's model over its grid, decoder included."""
+    dataset, times = subject.dataset, subject.times
+
+    def draw(count: int) -> Tensor:
+        out: list[Tensor] = []
+        sizes = [min(CHUNK, count - done) for done in range(0, count, CHUNK)]
+        model = subject.model.to(device)
+        with console.Meter("sample", len(sizes) * (len(times) + 1), "steps", quiet) as meter:
+            for number, size in enumerate(sizes):
+                walk = sample(model, way, times, (size, *dataset.shape()), device)
+                for k, (_, x_t) in enumerate(walk):
+                    meter.update(number * (len(times) + 1) + k + 1)
+                out.append(dataset.decode(x_t.cpu()))
+        return torch.cat(out)
+
+    return draw
+
+
+def reals(options: Compare, against: list[Opponent]) -> Reals:
+    """The data of `--real`, held out from everything that is compared.
+
+    Raises:
+        InputRefused: the data do not fit what is compared. UsageError: `data` without a run.
+    """
+    datasets = [one.data for one in against if one.data is not None]
+    if options.real == OWN:
+        if not datasets:
+            raise UsageError("data means the data of a run, and no run is compared: give a path")
+        dataset, own = datasets[0], True
+    else:
+        dataset = _named(options)
+        own = any(_same(dataset, other) for other in datasets)
+        dataset = next((other for other in datasets if _same(dataset, other)), dataset)
+    for other in datasets:
+        _check(dataset, other)
+    truth = dataset.truth
+    if truth is not None and truth.components is not None:
+        return _fresh(options, dataset)
+    if not own:
+        rows = dataset.all
+        return Reals(dataset.name, dataset, rows, None, f"all {len(rows)} rows")
+    fit = torch.cat((dataset.train, dataset.validation))
+    return Reals(dataset.name, dataset, dataset.test, fit, f"test part, {len(dataset.test)} rows")
+
+
+def _named(options: Compare) -> Dataset:
+    if options.real in BUILT_IN and not Path(options.real).exists():
+        return BUILT_IN[options.real]()
+    if not Path(options.real).exists():
+        known = ", ".join(BUILT_IN)
+        raise UsageError(
+            f"{options.real}: no such file or folder; give one, the word data (a run's own), or "
+            f"one of {known}"
+        )
+    return open_path(options.real, size=options.size)
+
+
+def _fresh(options: Compare, dataset: Dataset) -> Reals:
+    """New draws from a known law: no run can have seen them."""
+    assert dataset.truth is not None and dataset.truth.components is not None
+    count = round((options.n or FRESH) / HELD)
+    rng = generator(options.seed, "compare", dataset.name)
+    rows = dataset.truth.components.sample(count, rng)
+    return Reals(dataset.name, dataset, rows, None, f"{count} fresh draws of the known law")
+
+
+FRESH = 5000
+"""Pairs of the certificate where data cost nothing."""
+HELD = 0.45
+"""Share of the reals that the certificate holds out."""
+
+
+def _same(one: Dataset, other: Dataset) -> bool:
+    return one.record.get("sha256") == other.record.get("sha256")
+
+
+def _check(dataset: Dataset, other: Dataset) -> None:
+    """Refuse samples of another kind than the data."""
+    if dataset.shape() != other.shape() or dataset.levels != other.levels:
+        raise InputRefused(
+            f"{dataset.name} holds {_kind(dataset)}, the run makes {_kind(other)}: compare it "
+            "with data of its own kind (the word data takes the run's own)"
+        )
+
+
+def _kind(dataset: Dataset) -> str:
+    shape = "x".join(map(str, dataset.shape()))
+    return f"{shape} {'real vectors' if dataset.levels is None else f'{dataset.levels} levels'}"

@@ -1,0 +1,163 @@
+"""What `compare` says to people: one table for all that was compared, and a sentence for each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from nelbo import console
+
+Json = dict[str, Any]
+Cell = Callable[[Json], str]
+LONGEST = 18
+
+
+def lines(documents: list[Json]) -> str:
+    """The table, and below it what each certificate claims.
+
+    Arguments:
+        documents: of one comparison, of the same reals.
+    """
+    real = documents[0]["real"]
+    names = [console.clean(d["fake"]["name"])[:LONGEST] for d in documents]
+    rows = [*_certificate(documents), *_ladder(documents), *_sandwich(documents)]
+    rows += [*_modes(documents), *_blurred(documents)]
+    floor = any(d["metrics"] for d in documents)
+    table = [[*row, *([""] if floor else [])] for row in rows] + _metrics(documents)
+    head = f"{real['name']}: {real['what']}"
+    header = ["", *names, *(["real"] if floor else [])]
+    parts = [console.clean(head), console.table(table, header), *_claims(documents, names)]
+    return "\n\n".join(parts)
+
+
+def _row(label: str, documents: list[Json], cell: Cell) -> list[str]:
+    return [label, *(cell(document) for document in documents)]
+
+
+def _certificate(documents: list[Json]) -> list[list[str]]:
+    def of(cell: Cell) -> Cell:
+        return lambda document: cell(document["certificate"])
+
+    level = documents[0]["certificate"]["level"]
+    return [
+        _row(
+            f"JSD >= ({100 * level:g} %), nats",
+            documents,
+            of(lambda c: f"{c['jsd_nats_lower']:.4f}"),
+        ),
+        _row("  plug-in", documents, of(lambda c: _pm(c["plugin"], c["plugin_se"]))),
+        _row("  log e-value", documents, of(lambda c: f"{c['log_e_value']:.1f}")),
+        _row("  pairs", documents, of(lambda c: f"{c['n_pairs']}")),
+        _row("  looks at them", documents, of(lambda c: f"{c['looks']}")),
+        _row("  classifier", documents, of(lambda c: str(c["classifier"])[:LONGEST])),
+    ]
+
+
+def _ladder(documents: list[Json]) -> list[list[str]]:
+    rows = []
+    for k, rung in enumerate(documents[0]["ladder"]):
+        label = f"  noise to log-SNR {rung['logsnr']:g}: >="
+        rows.append(_row(label, documents, lambda d, k=k: _rung(d["ladder"][k])))  # type: ignore[misc]
+    return rows
+
+
+def _rung(rung: Json) -> str:
+    exact = "" if rung["exact"] is None else f" (exact {rung['exact']:.4f})"
+    return f"{rung['certificate']['jsd_nats_lower']:.4f}{exact}"
+
+
+def _sandwich(documents: list[Json]) -> list[list[str]]:
+    if not any(d["sandwich"] for d in documents):
+        return []
+
+    def of(name: str, digits: int = 4) -> Cell:
+        def cell(document: Json) -> str:
+            value = (document["sandwich"] or {}).get(name)
+            if isinstance(value, dict):
+                mean = value.get("mean", value.get("jsd_nats"))
+                error = value.get("se")
+                return f"{mean:.{digits}f}" if error is None else _pm(mean, error)
+            return "" if value is None else f"{value:.{digits}f}"
+
+        return cell
+
+    named = {
+        "JSD <= (bound and entropy)": of("jsd_nats_upper"),
+        "  exact JSD": of("exact"),
+        "  bound, nats/example": of("bound_nats"),
+        "  entropy H, nats/example": of("entropy_nats"),
+        "  kappa: bound - H is at least": of("kappa_nats"),
+        "  so H is at most": of("entropy_upper_nats"),
+    }
+    rows = [_row(label, documents, cell) for label, cell in named.items()]
+    return [row for row in rows if any(row[1:])]
+
+
+def _modes(documents: list[Json]) -> list[list[str]]:
+    if not any(d["modes"] for d in documents):
+        return []
+
+    def of(show: Callable[[Json], str]) -> Cell:
+        return lambda document: show(document["modes"]) if document["modes"] else ""
+
+    return [
+        _row("modes found", documents, of(lambda m: f"{m['found']} of {m['of']}")),
+        _row("  high quality", documents, of(lambda m: f"{100 * m['high_quality']:.1f} %")),
+        _row("  reverse KL, nats", documents, of(lambda m: f"{m['reverse_kl_nats']:.4f}")),
+    ]
+
+
+def _blurred(documents: list[Json]) -> list[list[str]]:
+    first = next((d["blurred"] for d in documents if d.get("blurred")), [])
+
+    def of(sd: float) -> Cell:
+        def cell(document: Json) -> str:
+            found = [b for b in document.get("blurred", []) if b["sd"] == sd]
+            return _pm(found[0]["jsd_nats"], found[0]["error"]) if found else ""
+
+        return cell
+
+    return [_row(f"JSD blurred by sd {b['sd']:.3g}, nats", documents, of(b["sd"])) for b in first]
+
+
+def _metrics(documents: list[Json]) -> list[list[str]]:
+    panels = [d["metrics"] for d in documents]
+    first = next((panel for panel in panels if panel), None)
+    if first is None:
+        return []
+    rows = [[f"features {first['features']['name']}"[:34], *[""] * (len(documents) + 1)]]
+    for entry in first["rows"]:
+        cells = []
+        for panel in panels:
+            found = [r for r in (panel or {}).get("rows", []) if r["name"] == entry["name"]]
+            cells.append(_pm(found[0]["fake"]["mean"], found[0]["fake"]["sd"]) if found else "")
+        floor = _pm(entry["real"]["mean"], entry["real"]["sd"]) if entry["real"] else ""
+        rows.append([f"  {entry['name']} (n = {first['n']})", *cells, floor])
+    return rows
+
+
+def _claims(documents: list[Json], names: list[str]) -> list[str]:
+    said = [
+        f"{name}: {d['certificate']['sentence']}" for name, d in zip(names, documents, strict=True)
+    ]
+    whole = [
+        f"{name}: {d['remark']}" for name, d in zip(names, documents, strict=True) if d["remark"]
+    ]
+    several = []
+    if len(documents) > 1:
+        alpha = documents[0]["certificate"]["alpha"]
+        several.append(
+            f"Each claim holds by itself. For all {len(documents)} at once run with --alpha "
+            f"{alpha / len(documents):.3g}."
+        )
+    return ["\n".join([*said, *whole, *several])]
+
+
+def _pm(mean: float | None, error: float | None) -> str:
+    if mean is None:
+        return "?"
+    if error is None or not math.isfinite(error):
+        return f"{mean:.4g}"
+    digits = 4 if error == 0 else min(6, max(0, 1 - int(f"{error:.1e}".partition("e")[2])))
+    return f"{mean:.{digits}f} ± {error:.{digits}f}"
