@@ -190,7 +190,7 @@ class Compare:
     n: int | None = None
     """At most so many pairs in the certificate; 5,000 of data drawn from a known law."""
     mode: Literal["split", "prequential"] = "split"
-    """Hold a part of the data out for the certificate, or (for few data) bet on block after block."""
+    """Hold a part of the data out, or (for few data) bet on one block after the other."""
     ladder: tuple[float, ...] = (6.0, 3.0, 0.0, -3.0)
     """Log-SNRs at which noise is added to both sides and a certificate made; empty for none."""
     metrics: bool = True

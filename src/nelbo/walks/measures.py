@@ -56,13 +56,8 @@ def extractor_of(options: Compare, held: Reals) -> Extractor:
         raise UsageError(f"--features {name}: take {', '.join(NAMES)} or FILE.py:FUNCTION")
     pictures, labelled = len(dataset.shape()) == 3, dataset.labels is not None
     if name == "auto":
-        name = (
-            "raw"
-            if not pictures
-            else "classifier"
-            if labelled and held.fit is not None
-            else "random"
-        )
+        known = labelled and held.fit is not None
+        name = "raw" if not pictures else "classifier" if known else "random"
     if name == "raw":
         return standardized(fit, dataset.levels)
     if name == "pca":

@@ -96,14 +96,10 @@ def opponents(options: Compare, device: str) -> list[Opponent]:
     Raises:
         InputRefused: nothing known is there. UsageError: options that do not fit it.
     """
-    found = [_opponent(options, path, device) for path in options.fakes]
+    found = [_opponent(options, Path(path), device) for path in options.fakes]
     names = [one.name for one in found]
-    return [
-        dataclasses.replace(one, name=f"{one.name} ({k + 1})")
-        if names.count(one.name) > 1
-        else one
-        for k, one in enumerate(found)
-    ]
+    numbered = [f"{n} ({k + 1})" if names.count(n) > 1 else n for k, n in enumerate(names)]
+    return [dataclasses.replace(o, name=n) for o, n in zip(found, numbered, strict=True)]
 
 
 def _opponent(options: Compare, path: Path, device: str) -> Opponent:
@@ -203,8 +199,9 @@ def draws(subject: Subject, way: Sampler, device: str, quiet: bool) -> Callable[
         with console.Meter("sample", len(sizes) * (len(times) + 1), "steps", quiet) as meter:
             for number, size in enumerate(sizes):
                 walk = sample(model, way, times, (size, *dataset.shape()), device)
-                for k, (_, x_t) in enumerate(walk):
+                for k, (_, now) in enumerate(walk):
                     meter.update(number * (len(times) + 1) + k + 1)
+                    x_t = now
                 out.append(dataset.decode(x_t.cpu()))
         return torch.cat(out)
 

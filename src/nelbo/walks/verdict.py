@@ -44,7 +44,7 @@ def _certificate(documents: list[Json]) -> list[list[str]]:
         _row(
             f"JSD >= ({100 * level:g} %), nats",
             documents,
-            of(lambda c: f"{c['jsd_nats_lower']:.4f}"),
+            of(_lower),
         ),
         _row("  plug-in", documents, of(lambda c: _pm(c["plugin"], c["plugin_se"]))),
         _row("  log e-value", documents, of(lambda c: f"{c['log_e_value']:.1f}")),
@@ -52,6 +52,10 @@ def _certificate(documents: list[Json]) -> list[list[str]]:
         _row("  looks at them", documents, of(lambda c: f"{c['looks']}")),
         _row("  classifier", documents, of(lambda c: str(c["classifier"])[:LONGEST])),
     ]
+
+
+def _lower(certificate: Json) -> str:
+    return f"{certificate['jsd_nats_lower']:.4f}"
 
 
 def _ladder(documents: list[Json]) -> list[list[str]]:
@@ -109,7 +113,7 @@ def _modes(documents: list[Json]) -> list[list[str]]:
 
 
 def _blurred(documents: list[Json]) -> list[list[str]]:
-    first = next((d["blurred"] for d in documents if d.get("blurred")), [])
+    first: list[Json] = next((d["blurred"] for d in documents if d.get("blurred")), [])
 
     def of(sd: float) -> Cell:
         def cell(document: Json) -> str:
@@ -141,9 +145,8 @@ def _claims(documents: list[Json], names: list[str]) -> list[str]:
     said = [
         f"{name}: {d['certificate']['sentence']}" for name, d in zip(names, documents, strict=True)
     ]
-    whole = [
-        f"{name}: {d['remark']}" for name, d in zip(names, documents, strict=True) if d["remark"]
-    ]
+    named = zip(names, documents, strict=True)
+    whole = [f"{name}: {d['remark']}" for name, d in named if d["remark"]]
     several = []
     if len(documents) > 1:
         alpha = documents[0]["certificate"]["alpha"]
