@@ -30,7 +30,7 @@ AXES = 48
 PRODUCTS = 16
 """Most dimensions of which all products are features."""
 FAR = 8.0
-WIDTHS = (0.25, 0.5, 1.0)
+WIDTHS = (0.1, 0.2, 0.4, 0.8)
 """Of the Fourier features, in median distances between rows."""
 PENALTIES = (1.0, 0.1, 1e-2, 1e-3, 1e-4)
 NEWTON, CLOSE = 30, 1e-9
