@@ -54,7 +54,7 @@ def _other(name: str, family: str) -> str:
         return ""
     if family == families.GAME:
         return (
-            "A game (--game); --no-game trains a diffusion model (--no-game --help: its options)."
+            "A game (--game); --no-game trains a diffusion model (its options: --no-game --help)."
         )
     return (
         "A diffusion model; --game trains a generator against a discriminator instead "
