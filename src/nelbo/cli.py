@@ -53,7 +53,9 @@ def _other(name: str, family: str) -> str:
     if len(families.families(name)) < 2:
         return ""
     if family == families.GAME:
-        return "A game; --no-game trains a diffusion model (--no-game --help: its options)."
+        return (
+            "A game (--game); --no-game trains a diffusion model (its options: --no-game --help)."
+        )
     return (
         "A diffusion model; --game trains a generator against a discriminator instead "
         "(--game --help: its options)."

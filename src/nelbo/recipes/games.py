@@ -30,12 +30,12 @@ class MixtureGame(GameOptions, Perceptrons):
     loss: Literal["non-saturating", "relativistic", "minimax", "hinge"] = "relativistic"
     r1: float = 0.1
     r2: float = 0.1
-    relax: float = 0.01
+    relax: float = 0.1
     latent: int = 2
     batch: int = 256
-    steps: int = 20_000
+    steps: int = 10_000
     warmup: int = 200
-    half_life: float = 50_000.0
+    half_life: float = 200_000.0
     validate_every: int = 2000
     save_every: int = 2000
     samples: int = 2000
@@ -79,9 +79,10 @@ class VectorsGame(GameOptions, Perceptrons):
     loss: Literal["non-saturating", "relativistic", "minimax", "hinge"] = "relativistic"
     r1: float = 0.1
     r2: float = 0.1
+    relax: float = 0.1
     width: int = 256
     batch: int = 256
-    half_life: float = 50_000.0
+    half_life: float = 200_000.0
     samples: int = 1000
 
 
