@@ -138,7 +138,11 @@ def test_a_game_has_no_bound_and_is_asked_for_none(pages: dict[str, Page]) -> No
     for name in ("ring", "digits"):
         text = flat(pages[name])
         assert "A generator has no likelihood" in text and "What can be measured of it" in text
-        assert "nelbo evaluate" not in text and "has not been measured" not in text
+        assert (
+            "nelbo evaluate" not in text
+            and "no trajectory" not in text
+            and "has not been measured" not in text
+        )
         assert "nelbo compare data" in text
     assert "A generator has no likelihood" not in flat(pages["held"])
 
@@ -291,10 +295,11 @@ def test_figures_show_what_they_are_given(width: float) -> None:
         gamefigures.ladder(x, lower, nothing, width),
         gamefigures.ladder(x, lower, known, width),
         gamefigures.ladder(x, [0.0] * 3, nothing, width),
-        gamefigures.sandwich(0.1, None, None, width),
-        gamefigures.sandwich(0.1, 0.2, None, width),
-        gamefigures.sandwich(0.1, 0.2, 0.3, width),
-        gamefigures.sandwich(0.0, 0.2, 0.3, width),
+        gamefigures.sandwich(0.1, ("exact", None), None, width),
+        gamefigures.sandwich(0.1, ("exact", 0.2), None, width),
+        gamefigures.sandwich(0.1, ("exact", 0.2), 0.3, width),
+        gamefigures.sandwich(0.1, ("blurred", 0.2), 0.3, width),
+        gamefigures.sandwich(0.0, ("exact", 0.2), 0.3, width),
         gamefigures.learning(np.array([[1.0, 0.6], [2, 0.3]]), np.empty((0, 2)), width),
         gamefigures.learning(np.empty((0, 2)), np.array([[1.0, 0.6], [2, 0.3]]), width),
     ]

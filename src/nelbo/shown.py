@@ -38,12 +38,19 @@ def pictures(run: Run) -> dict[str, Picture]:
     document, drawn = run.comparison, dict[str, Picture]()
     if document.get("ladder"):
         drawn["ladder"] = both(partial(gamefigures.ladder, *_rungs(document["ladder"])))
-    held = document.get("sandwich")
-    if held:
-        exact = (held.get("exact") or {}).get("jsd_nats")
-        sides = held["jsd_nats_lower"], exact, held.get("jsd_nats_upper")
-        drawn["sandwich"] = both(partial(gamefigures.sandwich, *sides))
+    drawn |= _held(document.get("sandwich") or {})
     return drawn | _witness(run)
+
+
+def _held(sandwich: Json) -> dict[str, Picture]:
+    """Both sides on one axis, where there is more than one."""
+    exact, upper = sandwich.get("exact") or {}, sandwich.get("jsd_nats_upper")
+    known = exact.get("jsd_nats")
+    if known is None and upper is None:
+        return {}
+    name = "after one blur" if exact.get("blurred") else "exact"
+    sides = sandwich["jsd_nats_lower"], (name, known), upper
+    return {"sandwich": both(partial(gamefigures.sandwich, *sides))}
 
 
 def _rungs(ladder: list[Json]) -> tuple[Array, Array, Array]:
