@@ -25,6 +25,7 @@ NAMES = (
     "ddpm",
     "few_calls",
     "interop_openai",
+    "games",
 )
 PAGES = [DOCS / f"{name}.md" for name in NAMES]
 
@@ -74,6 +75,11 @@ def printed(code: str) -> str:
 def test_the_conversion_of_units_comes_out_as_printed() -> None:
     (code,) = blocks(DOCS / "units.md", "python")
     assert f"```\n{printed(code)}```" in (DOCS / "units.md").read_text()
+
+
+def test_the_exact_game_comes_out_as_printed() -> None:
+    (code,) = blocks(DOCS / "games.md", "python")
+    assert f"```\n{printed(code)}```" in (DOCS / "games.md").read_text()
 
 
 def test_the_plain_product_misses_what_the_weights_reach() -> None:

@@ -162,7 +162,7 @@ class Sandwich:
             "exact": known,
             "bound_nats": self.bound and self.bound.as_json(),
             "entropy_nats": self.entropy,
-            "kappa_nats": self.kappa,
+            "kappa_nats": self.kappa if math.isfinite(self.kappa) else None,
             "entropy_upper_nats": above and above.as_json(),
             "holds": self.holds,
             "verdict": self.verdict,
