@@ -25,7 +25,11 @@ NAMES = (
     "ddpm",
     "few_calls",
     "interop_openai",
+<<<<<<< HEAD
     "metrics",
+=======
+    "games",
+>>>>>>> i5-exact
 )
 PAGES = [DOCS / f"{name}.md" for name in NAMES]
 
@@ -75,6 +79,11 @@ def printed(code: str) -> str:
 def test_the_conversion_of_units_comes_out_as_printed() -> None:
     (code,) = blocks(DOCS / "units.md", "python")
     assert f"```\n{printed(code)}```" in (DOCS / "units.md").read_text()
+
+
+def test_the_exact_game_comes_out_as_printed() -> None:
+    (code,) = blocks(DOCS / "games.md", "python")
+    assert f"```\n{printed(code)}```" in (DOCS / "games.md").read_text()
 
 
 def test_the_plain_product_misses_what_the_weights_reach() -> None:

@@ -63,6 +63,11 @@ class Blurred:
         """Half of the asymptotic 95 % interval: Student's quantile for the blocks times se."""
         return student95(BLOCKS - 1) * self.se
 
+    @property
+    def what(self) -> str:
+        """The words for this figure: which blur it is after, and of how many samples."""
+        return f"both blurred by N(0, {self.std:g}^2 I), n = {self.n}"
+
     def as_json(self) -> dict[str, float | int]:
         """A JSON object {jsd_nats, se, excess, n, std, outside}."""
         return {

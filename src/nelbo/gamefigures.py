@@ -133,18 +133,22 @@ def learning(plug_in: Array, certified: Array, width: float) -> bytes:
 
 
 @styled
-def sandwich(lower: float, exact: float | None, upper: float | None, width: float) -> bytes:
+def sandwich(
+    lower: float, known: tuple[str, float | None], upper: float | None, width: float
+) -> bytes:
     """What a divergence may be, on one axis from 0 to log 2.
 
     Arguments:
-        lower: certified. exact, upper: where they are known; all in nats.
+        lower: certified. known: a value known otherwise, and what it is called.
+        upper: from above, where it is known; all in nats.
         width: inches.
     Returns:
         PNG.
     """
     rows = [("certified from below", lower, LOG2, f"≥ {lower:.4f}")]
-    if exact is not None:
-        rows.append(("exact", exact, exact, f"{exact:.4f}"))
+    name, value = known
+    if value is not None:
+        rows.append((name, value, value, f"{value:.4f}"))
     if upper is not None:
         rows.append(("bound from above", 0.0, upper, f"≤ {upper:.4f}"))
     narrow = width <= NARROW
@@ -201,7 +205,7 @@ def witness(
     titles = {"learned D": learned} | ({} if optimal is None else {"best D": optimal})
     narrow, both = width <= NARROW, len(titles) == 2
     shape = (2, 1) if both and narrow else (1, len(titles))
-    height = 1.15 + (width - 0.5) / shape[1] * shape[0] if both or narrow else 0.66 * width
+    height = 1.0 + (width - 0.5) / shape[1] * shape[0] if both or narrow else 0.66 * width
     layout = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.05)
     figure = Figure(figsize=(width, height), dpi=DPI, layout=layout)
     panels = figure.subplots(*shape, squeeze=False, sharex=True, sharey=True).ravel()
@@ -224,7 +228,8 @@ def _plane(axes: Axes, x: Array, y: Array, values: Array, clouds: tuple[Array, A
     for cloud, (mark, colour) in zip(clouds, (("o", "#00304d"), ("x", "#8a2b00")), strict=True):
         axes.plot(*_thin(cloud).T, mark, color=colour, ms=2.4, mew=0.8, alpha=0.7, ls="none")
     axes.set(xlim=(x[0], x[-1]), ylim=(y[0], y[-1]), aspect="equal")
-    axes.locator_params(nbins=5)
+    axes.xaxis.set_major_locator(MaxNLocator(5, prune="both"))
+    axes.yaxis.set_major_locator(MaxNLocator(5, prune="both"))
     return shades
 
 

@@ -16,14 +16,21 @@ def commands(run: Run) -> list[str]:
     """What to type, in a clone of the repository, to make this run and its figures again."""
     commit, here = run.environment.get("commit"), shlex.quote(str(run.path))
     calls = re.search(r"-calls(\d+)-", run.measured.name)
+    evaluation = f"nelbo evaluate {here}" + (f" --calls {calls[1]}" if calls else "")
     return [
         *([f"git checkout {shlex.quote(commit)}"] if commit else []),
         "pip install -c constraints.txt .",
         training(run),
-        f"nelbo evaluate {here}" + (f" --calls {calls[1]}" if calls else ""),
+        *([] if run.game else [evaluation]),
+        *([comparison(run)] if run.game or run.comparison else []),
         f"nelbo sample {here}",
         f"nelbo report {here}",
     ]
+
+
+def comparison(run: Run) -> str:
+    """The command that measures a sampler against the run's own data."""
+    return f"nelbo compare data {shlex.quote(str(run.path))}"
 
 
 def training(run: Run) -> str:

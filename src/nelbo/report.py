@@ -14,36 +14,32 @@ import hashlib
 import math
 import os
 import shlex
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import jinja2
 from markupsafe import Markup
 
-from nelbo import compared, dots, figures, pictures, ratedistortion, remake, wording
+from nelbo import (
+    compared,
+    dots,
+    figures,
+    gamefigures,
+    pictures,
+    ratedistortion,
+    remake,
+    shown,
+    wording,
+)
 from nelbo.errors import InputRefused
 from nelbo.files import exhausted, hidden, write_file
 from nelbo.runfiles import Array, Json, Run, load
+from nelbo.shown import Picture, both
 
 FIGURES = ("baselines", "truth", "comparison", "steps", "integrand", "learning", "real", "samples",
-           "strip", "progressive")  # fmt: skip
+           "strip", "progressive", *shown.FIGURES)  # fmt: skip
 BASELINES = {"uniform": "uniform coding", "histogram": "training histogram"}
 IMAGES, POINTS, SEQUENCES = 64, 4000, 32
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One figure as PNGs: for the page, and for a phone where that needs another layout."""
-
-    wide: bytes
-    narrow: bytes | None = None
-
-    @property
-    def pixels(self) -> tuple[int, int]:
-        """Width and height, from the PNG's header."""
-        return int.from_bytes(self.wide[16:20], "big"), int.from_bytes(self.wide[20:24], "big")
 
 
 def write(run: Path) -> Path:
@@ -88,15 +84,17 @@ def draw(run: Run) -> dict[str, Picture]:
         nats = run.per_example["step_entropy_lower"], run.per_example["step_entropy_upper"]
         lower, upper = (values / math.log(2) for values in nats)
         unit = compared.unit(run.evaluation)
-        drawn["steps"] = _both(partial(figures.entropies, lower, upper, unit))
+        drawn["steps"] = both(partial(figures.entropies, lower, upper, unit))
     if run.evaluation and len(run.per_example.get("integrand_logsnr", ())) > 1:
-        drawn["integrand"] = _both(partial(figures.integrand, *_integrand(run)))
-    if len(run.training) + len(run.validation):
+        drawn["integrand"] = both(partial(figures.integrand, *_integrand(run)))
+    if run.game and len(run.played) + len(run.certified):
+        drawn["learning"] = both(partial(gamefigures.learning, run.played, run.certified))
+    if not run.game and len(run.training) + len(run.validation):
         curves = (run.training, run.validation, run.data.get("levels") is not None)
-        drawn["learning"] = _both(partial(figures.learning, *curves))
+        drawn["learning"] = both(partial(figures.learning, *curves))
     if run.progressive:
-        drawn["progressive"] = _both(partial(ratedistortion.curve, run.progressive))
-    return drawn | _examples(run)
+        drawn["progressive"] = both(partial(ratedistortion.curve, run.progressive))
+    return drawn | shown.pictures(run) | _examples(run)
 
 
 def _codes(document: Json) -> dict[str, Picture]:
@@ -108,11 +106,7 @@ def _codes(document: Json) -> dict[str, Picture]:
         charts["truth"] = _truth(document), False, figures.UNIT
     if len(compared.ranked(document)) > 1:
         charts["comparison"] = compared.dots(document), False, compared.unit(document)
-    return {name: _both(partial(dots.comparison, *chart)) for name, chart in charts.items()}
-
-
-def _both(drawing: Callable[[float], bytes]) -> Picture:
-    return Picture(drawing(figures.WIDE), drawing(figures.NARROW))
+    return {name: both(partial(dots.comparison, *chart)) for name, chart in charts.items()}
 
 
 def _examples(run: Run) -> dict[str, Picture]:
@@ -126,7 +120,7 @@ def _examples(run: Run) -> dict[str, Picture]:
         drawn[name] = Picture(pictures.picture(array, levels, limits))
     if run.strip:
         walks = (_one(run.strip["forward"]), _one(run.strip["reverse"]), run.strip["logsnr"])
-        drawn["strip"] = _both(partial(pictures.strip, *walks))
+        drawn["strip"] = both(partial(pictures.strip, *walks))
     return drawn
 
 
@@ -195,6 +189,7 @@ def render(run: Run, drawn: dict[str, Picture]) -> str:
             where=figures.interval(*_integrand(run)[:2]) if "integrand" in drawn else None,
             commands=remake.commands(run),
             training=remake.training(run),
+            comparing=remake.comparison(run),
             compared=compared,
             here=shlex.quote(str(run.path)),
             style=Markup(style),  # from the package: no text of the run is in it
@@ -213,9 +208,15 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (wording.shown, wording.noise, wording.flat, wording.duration)
-    environment.filters.update({f.__name__: f for f in filters}, uri=_uri)
+    filters = (wording.shown, wording.noise, wording.flat, wording.duration, wording.nats,
+               wording.spread)  # fmt: skip
+    environment.filters.update({f.__name__: f for f in filters}, uri=_uri, rejection=_rejection)
     return environment
+
+
+def _rejection(alpha: float) -> float:
+    """The log e-value from which on p = g is rejected."""
+    return -math.log(alpha)
 
 
 def _uri(png: bytes) -> str:

@@ -5,10 +5,12 @@
     evaluation/test*.json and .npz                the bound of the test part, and of each example
     evaluation/progressive-test*.json             rate and distortion of progressive coding
     evaluation/steps-*.json, ode-*.json           the table of short chains; the probability flow
+    compare/*.json and .npz                       certificate, ladder, sandwich, other metrics
     samples/samples.npz, strip.npz                samples beside data, trajectories
 
 Of several evaluations of the test part the one of the latest step counts, and among those the one
-with most network calls. Only recipe.json must be there. A file that is there and cannot be
+with most network calls; of several comparisons that of the latest step, and among those the one
+written last. Only recipe.json must be there. A file that is there and cannot be
 understood is refused by name: a report that leaves it out would tell less than the run does.
 """
 
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,18 @@ class Run:
     """(m, 2) of step, loss in bits/dim."""
     validation: Array
     """(k, 3) of step, mean, se in bits/dim; nan where the se is unknown."""
+    comparison: Json
+    witness: dict[str, Array]
+    """What lies beside the comparison: logits, D over the plane, samples most like the data."""
+    played: Array
+    """(m, 2) of step, plug-in JSD of the training D in nats; of a game."""
+    certified: Array
+    """(k, 2) of step, certified JSD of the validation part in nats; of a game."""
+
+    @property
+    def game(self) -> bool:
+        """It is a generator's run, which has no likelihood."""
+        return self.recipe.get("family") == "game"
 
     @property
     def data(self) -> Json:
@@ -71,11 +85,13 @@ def load(path: Path) -> Run:
         raise InputRefused(
             f"{path}: not a run directory (no recipe.json); `nelbo train RECIPE` makes one"
         )
-    training, validation = _metrics(path / "metrics.jsonl")
+    recipe = _json(path / "recipe.json", "recipe")
+    records = list(_records(path / "metrics.jsonl"))
+    compared = _last(path / "compare")
     measured = _measured(path / "evaluation")
     return Run(
         path=path,
-        recipe=_json(path / "recipe.json", "recipe"),
+        recipe=recipe,
         status=_json(path / "status.json", "state", "step", "steps"),
         environment=_json(path / "environment.json"),
         evaluation=_json(measured, *EVALUATION),
@@ -86,9 +102,24 @@ def load(path: Path) -> Run:
         progressive=_json(_curve(path / "evaluation"), "points", "rate", "distortion"),
         chains=_latest(path / "evaluation", "steps-*.json", "steps", "full", "continuous"),
         flow=_latest(path / "evaluation", "ode-*.json", "ode"),
-        training=training,
-        validation=validation,
+        training=_column(records, "loss"),
+        validation=_validations(records),
+        comparison=_json(compared, "real", "fake", "certificate"),
+        witness=_arrays(compared.with_suffix(".npz")),
+        played=_column(records, "jsd_plugin"),
+        certified=_column(records, "jsd_nats_lower"),
     )
+
+
+def _last(folder: Path) -> Path:
+    """The comparison that counts: latest step, then written last."""
+    found = sorted(folder.glob("*.json"))
+    return max(found, key=_rank_comparison, default=folder / "none.json")
+
+
+def _rank_comparison(path: Path) -> tuple[int, int]:
+    fake = _json(path, "fake")["fake"]
+    return fake.get("step") or 0, path.stat().st_mtime_ns
 
 
 def _measured(folder: Path) -> Path:
@@ -153,20 +184,22 @@ def _need(path: Path | str, found: Any, needed: tuple[str, ...]) -> None:
         raise InputRefused(f"{path}: lacks {', '.join(missing)}; make it again")
 
 
-def _metrics(path: Path) -> tuple[Array, Array]:
-    """Losses and validations by step; of a step that was walked twice, the later record."""
+def _records(path: Path) -> Iterator[Json]:
+    """The lines of a log; what follows the last line end is being written at this moment."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    losses: dict[int, list[float]] = {}
-    bounds: dict[int, list[float]] = {}
-    # What follows the last line end is being written at this moment.
     for number, line in enumerate(text.split("\n")[:-1], 1):
-        record = _record(f"{path}, line {number}", line)
-        step = record["step"]
-        if "loss" in record:
-            losses[step] = [step, record["loss"]]
-        if "validation" in record:
-            bounds[step] = [step, record["validation"]["mean"], record["validation"]["se"]]
-    return _table(losses, 2), _table(bounds, 3)
+        yield _record(f"{path}, line {number}", line)
+
+
+def _column(records: list[Json], name: str) -> Array:
+    """(m, 2) of step and a figure; of a step that was walked twice, the later record."""
+    return _table({r["step"]: [r["step"], r[name]] for r in records if name in r}, 2)
+
+
+def _validations(records: list[Json]) -> Array:
+    """(k, 3) of step, mean, se; of a step that was walked twice, the later record."""
+    seen = {record["step"]: record["validation"] for record in records if "validation" in record}
+    return _table({step: [step, bound["mean"], bound["se"]] for step, bound in seen.items()}, 3)
 
 
 def _record(place: str, line: str) -> Json:

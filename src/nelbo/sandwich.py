@@ -120,12 +120,12 @@ class Sandwich:
         if faults := self._faults():
             return "a bug: " + "; ".join(faults) + f". {self._chance()}"
         if self.upper is not None:
-            return f"holds: {self.lower:.4f} <= {self.upper:.4f} nats"
+            return f"holds: {self.lower:.4f} <= {self.upper:.4f} nats."
         if self.bound is not None and self.entropy is not None:
-            return "the error of the bound is not known: nothing bounds JSD from above"
+            return "the error of the bound is not known: nothing bounds JSD from above."
         if self.bound is not None:
-            return "the entropy of the data is not known: nothing bounds JSD from above"
-        return "this sampler has no bound: nothing bounds JSD from above"
+            return "the entropy of the data is not known: nothing bounds JSD from above."
+        return "this sampler has no bound: nothing bounds JSD from above."
 
     def _faults(self) -> list[str]:
         faults, upper, exact = [], self.upper, self.exact
@@ -162,7 +162,7 @@ class Sandwich:
             "exact": known,
             "bound_nats": self.bound and self.bound.as_json(),
             "entropy_nats": self.entropy,
-            "kappa_nats": self.kappa,
+            "kappa_nats": self.kappa if math.isfinite(self.kappa) else None,
             "entropy_upper_nats": above and above.as_json(),
             "holds": self.holds,
             "verdict": self.verdict,

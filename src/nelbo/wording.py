@@ -42,6 +42,22 @@ def noise(entry: Json, factor: float = 1.0) -> str:
     return f"{se_mc:.{max(0, 1 - int(f'{se_mc:.1e}'.partition('e')[2]))}f}" if se_mc else "0"
 
 
+def nats(value: float | None, digits: int = 4) -> str:
+    """`0.1014`, `−0.0003`; ? where it is not known."""
+    if value is None or not math.isfinite(value):
+        return "?"
+    return f"{value:z.{digits}f}".replace("-", "−")
+
+
+def spread(entry: Json) -> str:
+    """`0.0123 ± 0.0045` of {"mean", "sd"}: two digits of the deviation, at most eight places."""
+    sd = entry["sd"]
+    if not sd:
+        return shown(entry)
+    digits = min(8, max(0, 1 - math.floor(math.log10(sd))))
+    return f"{entry['mean']:z.{digits}f} ± {sd:.{digits}f}".replace("-", "−")
+
+
 def duration(seconds: float) -> str:
     """`48 s`, `12 min 5 s`, `3 h 20 min`: the two largest units."""
     t = round(seconds)
