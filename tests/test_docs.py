@@ -25,11 +25,8 @@ NAMES = (
     "ddpm",
     "few_calls",
     "interop_openai",
-<<<<<<< HEAD
     "metrics",
-=======
     "games",
->>>>>>> i5-exact
 )
 PAGES = [DOCS / f"{name}.md" for name in NAMES]
 
