@@ -36,6 +36,8 @@ PER_WIDTH = 4
 """Lattice steps in one standard deviation of the blur."""
 BLOCKS = 16
 CELLS = 2**22
+LEAST = 1000
+"""Samples."""
 RIPPLE = 1e-9
 _LOG2 = math.log(2)
 
@@ -99,13 +101,33 @@ def blurred(
         Silverman 1982, Appl. Stat. 31 (density estimates by fast Fourier transform); Efron 1982
         (the jackknife).
     """
-    if mixture.dims != 2:
-        raise InputRefused(f"blurred: laws in the plane, not in {mixture.dims} dimensions")
-    if not std > 0 or n < 1000:
-        raise InputRefused("blurred: give a positive std and at least 1000 samples")
-    grid = _lattice(mixture, std)
-    log_p = grid.log_prob(mixture.diffused(1.0, std**2))
+    grid = _lattice(mixture, std, n)
     counts, away = _counted(sampler, grid, n, chunk)
+    return _jackknifed(grid.log_prob(mixture.diffused(1.0, std**2)), counts, away, grid, n)
+
+
+def smoothed(centres: Tensor, mixture: GaussianMixture, std: float) -> Blurred:
+    """JSD in nats of a known mixture and the law N(c, std^2 I) with c the law of some points.
+
+    A chain in the plane whose decoder is normal is of this form, and this is its own divergence,
+    not that of a blurred pair.
+
+    Arguments:
+        centres: (n, 2) independent draws of c, in the units of the mixture.
+        mixture: p, as it is. std: of the normal law around a centre.
+
+    Raises:
+        InputRefused: see `blurred`.
+    """
+    n = len(centres)
+    grid = _lattice(mixture, std, n)
+    dealt = iter(centres.split([n // BLOCKS + (b < n % BLOCKS) for b in range(BLOCKS)]))
+    counts, away = _counted(lambda _: next(dealt), grid, n, n)
+    return _jackknifed(grid.log_prob(mixture), counts, away, grid, n)
+
+
+def _jackknifed(log_p: Tensor, counts: Tensor, away: Tensor, grid: _Lattice, n: int) -> Blurred:
+    """The divergence with its excess subtracted, from the counts of every block."""
     total, gone = counts.sum(0), away.sum()
     whole = _divergence(log_p, total, gone, grid)
     without = torch.tensor(
@@ -117,7 +139,7 @@ def blurred(
     )
     excess = (BLOCKS - 1) * (float(without.mean()) - whole)
     spread = (BLOCKS - 1) / BLOCKS * float((without - without.mean()).square().sum())
-    return Blurred(whole - excess, math.sqrt(spread), excess, n, std, float(gone) / n)
+    return Blurred(whole - excess, math.sqrt(spread), excess, n, grid.std, float(gone) / n)
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,14 +189,32 @@ class _Lattice:
         return density
 
 
-def _lattice(mixture: GaussianMixture, std: float) -> _Lattice:
-    """Where the blurred mixture has mass, plus the reach of the blur on every side."""
-    step = std / PER_WIDTH
+def too_fine(mixture: GaussianMixture, std: float) -> bool:
+    """Whether a blur asks for more cells over the range of the mixture than are computed."""
+    _, (rows, columns) = _frame(mixture, std)
+    return rows * columns > CELLS
+
+
+def _frame(mixture: GaussianMixture, std: float) -> tuple[Tensor, tuple[int, int]]:
+    """The lower corner of a lattice around a blurred mixture, and its cells on either side."""
     spread = math.sqrt(float(torch.linalg.eigvalsh(mixture.covariances).max()) + std**2)
     reach = REACH * (spread + std)
     low, high = mixture.means.amin(0) - reach, mixture.means.amax(0) + reach
     # Lengths that are multiples of 32 transform fast.
-    rows, columns = (32 * math.ceil(float(side) / step / 32 + 1 / 32) for side in high - low)
+    down, across = (
+        32 * math.ceil(float(side) * PER_WIDTH / std / 32 + 1 / 32) for side in high - low
+    )
+    return low, (down, across)
+
+
+def _lattice(mixture: GaussianMixture, std: float, n: int) -> _Lattice:
+    """Where the blurred mixture has mass, plus the reach of the blur on every side."""
+    if mixture.dims != 2:
+        raise InputRefused(f"blurred: laws in the plane, not in {mixture.dims} dimensions")
+    if not std > 0 or n < LEAST:
+        raise InputRefused(f"blurred: give a positive std and at least {LEAST} samples")
+    low, (rows, columns) = _frame(mixture, std)
+    step = std / PER_WIDTH
     if rows * columns > CELLS:
         raise InputRefused(
             f"blurred: a std of {std:g} needs {rows * columns} cells over the range of the "

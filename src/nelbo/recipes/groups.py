@@ -109,6 +109,8 @@ class Playing(Course):
     """Adam's two betas, of both players."""
     clip: float | None = None
     """Largest gradient norm of a player's loss per dimension; none by default."""
+    compare: bool = True
+    """At the end, certify the samples against held-out data, as nelbo compare does."""
 
 
 @dataclass(frozen=True, kw_only=True)

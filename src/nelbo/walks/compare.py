@@ -12,27 +12,23 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from nelbo.blurred import blurred
+from nelbo.blurred import smoothed
 from nelbo.certificate import Certificate, certify
 from nelbo.commands import Compare
-from nelbo.data.mixture import GaussianMixture
 from nelbo.design import enough
-from nelbo.errors import InputRefused, UsageError
+from nelbo.errors import UsageError
 from nelbo.estimate import Estimate
 from nelbo.files import write_json_atomic
-from nelbo.jsd import phi
 from nelbo.judges import Judge, candidates
-from nelbo.ladder import Rung, ladder
+from nelbo.ladder import ladder
 from nelbo.looks import Ledger
-from nelbo.modes import modes
 from nelbo.randomness import seeded
 from nelbo.rundir import default_path
 from nelbo.sandwich import Reference, Sandwich
-from nelbo.walks import measures, witness
+from nelbo.walks import known, measures, witness
+from nelbo.walks.chains import Means
 from nelbo.walks.measuring import Request, measure
 from nelbo.walks.opponents import HELD, Opponent, Reals, opponents, reals
 from nelbo.walks.stored import device_of, save_arrays
@@ -47,6 +43,16 @@ EXACT, MOST_BOUNDED = 1_000_000, 5000
 
 def run(options: Compare) -> None:
     """`nelbo compare`: open, compare, write, print."""
+    documents = compared(options)
+    if options.json:
+        whole = documents[0] if len(documents) == 1 else {"schema": 1, "compared": documents}
+        print(json.dumps(whole, indent=1))
+    else:
+        print(text(documents))
+
+
+def compared(options: Compare) -> list[dict[str, Any]]:
+    """A document for every opponent, written where there is a place for it."""
     device = device_of(options.device)
     check(options)
     against = opponents(options, device)
@@ -58,14 +64,15 @@ def run(options: Compare) -> None:
         place = _place(options, held, one, len(against))
         if place is not None:
             write(place, document, arrays)
-            document["written"] = str(place)
+            document["written"] = f"{place}.json"
         documents.append(document)
-    if options.json:
-        whole = documents[0] if len(documents) == 1 else {"schema": 1, "compared": documents}
-        print(json.dumps(whole, indent=1))
-    else:
-        paths = [d["written"] for d in documents if "written" in d]
-        print("\n".join([lines(documents), *([""] if paths else []), *paths]))
+    return documents
+
+
+def text(documents: list[dict[str, Any]]) -> str:
+    """What people read of it."""
+    paths = [d["written"] for d in documents if "written" in d]
+    return "\n".join([lines(documents), *([""] if paths else []), *paths])
 
 
 def check(options: Compare) -> None:
@@ -86,10 +93,10 @@ def confront(
     options: Compare, held: Reals, one: Opponent, ledger: Ledger | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The document and the arrays of one opponent before the reals."""
-    fakes = _fakes(options, held, one)
+    fakes, means = _fakes(options, held, one)
     certificate = certify(held.rows, fakes, **_terms(options, held, one), ledger=ledger)
     rungs = _ladder(options, held, one, fakes, certificate)
-    sandwich = _sandwich(options, held, one, certificate)
+    sandwich = _sandwich(options, held, one, certificate, means)
     found = measures.measured(options, held, fakes) if options.metrics else None
     document = {
         "schema": 1,
@@ -104,21 +111,27 @@ def confront(
         "certificate": certificate.as_json(),
         "ladder": rungs,
         "sandwich": sandwich.as_json() if sandwich else None,
-        "blurred": _blurs(options, held, fakes),
+        "blurred": known.blurs(options, held, fakes),
         "metrics": found.as_json() if found else None,
-        "modes": _modes(options, held, fakes),
+        "modes": known.counted(options, held, fakes),
         "remark": sandwich.verdict if sandwich else f"no bound: {one.unbounded}",
     }
     return document, {**certificate.arrays(), **witness.arrays(held, fakes, certificate, options)}
 
 
-def _fakes(options: Compare, held: Reals, one: Opponent) -> Any:
-    """A cheap sampler as it is; of a chain as many rows as are needed, once for all."""
-    if one.subject is None and one.family != "diffusion":
-        return one.fakes
+def _fakes(options: Compare, held: Reals, one: Opponent) -> tuple[Any, Means | None]:
+    """A cheap sampler as it is; of a chain as many rows as are needed, once for all.
+
+    A chain in the plane with a normal decoder is drawn as its last means plus their noise.
+    """
+    if one.family != "diffusion":
+        return one.fakes, None
     count = len(held.rows) if held.fit is None else 2 * _used(options, held)
     with seeded(options.seed, "compare", "fakes"):
-        return one.draw(count)
+        means = None if one.means is None or known.plane(held) is None else one.means(count)
+        if means is None:
+            return one.draw(count), None
+        return means.centres + means.std * torch.randn_like(means.centres), means
 
 
 def _used(options: Compare, held: Reals) -> int:
@@ -156,74 +169,34 @@ def _ladder(
         {
             "logsnr": rung.logsnr,
             "certificate": rung.certificate.as_json(),
-            "exact": _exact(options, held, fakes, rung),
+            "exact": known.exact(options, held, fakes, rung),
         }
         for rung in rungs
     ]
 
 
-def _exact(options: Compare, held: Reals, fakes: Any, rung: Rung) -> float | None:
-    mixture = _plane(held)
-    if mixture is None:
-        return None
-    scale = float(torch.as_tensor(held.dataset.scale).max())
-    found = _blur(options, fakes, mixture, scale * float(np.exp(-rung.logsnr / 2)))
-    return None if found is None else found["jsd_nats"]
-
-
-def _plane(held: Reals) -> GaussianMixture | None:
-    """The law of the reals, if it is a known mixture in the plane."""
-    truth = held.dataset.truth
-    known = truth is not None and truth.components is not None and truth.components.dims == 2
-    return truth.components if known and truth is not None else None
-
-
-def _blur(
-    options: Compare, fakes: Any, mixture: GaussianMixture, std: float
-) -> dict[str, Any] | None:
-    """The divergence after a blur of both laws; None where the blur is too fine to be computed."""
-    count = len(fakes) if isinstance(fakes, Tensor) else EXACT
-    dealt = 0
-
-    def sampler(n: int) -> Tensor:
-        nonlocal dealt
-        if not isinstance(fakes, Tensor):
-            return torch.as_tensor(fakes(n))
-        dealt += n
-        return fakes[dealt - n : dealt]
-
-    try:
-        with seeded(options.seed, "compare", "blur"):
-            found = blurred(sampler, mixture, std, count)
-    except InputRefused:
-        return None
-    return {"sd": std, "jsd_nats": found.value, "error": found.reach, "n": found.n}
-
-
-def _blurs(options: Compare, held: Reals, fakes: Any) -> list[dict[str, Any]]:
-    """The divergence from a known law after blurs by its own finest width, and by .1 of its sd."""
-    mixture = _plane(held)
-    if mixture is None:
-        return []
-    finest = float(torch.linalg.eigvalsh(mixture.covariances).min().sqrt())
-    scale = float(torch.as_tensor(held.dataset.scale).max())
-    found = [_blur(options, fakes, mixture, std) for std in (finest, 0.1 * scale)]
-    return [entry for entry in found if entry is not None]
-
-
 def _sandwich(
-    options: Compare, held: Reals, one: Opponent, certificate: Certificate
+    options: Compare,
+    held: Reals,
+    one: Opponent,
+    certificate: Certificate,
+    means: Means | None,
 ) -> Sandwich | None:
     """From above by the bound of the very chain that was drawn from; None where there is none."""
     if one.subject is None:
         return None
-    truth = held.dataset.truth
+    truth, mixture = held.dataset.truth, known.plane(held)
+    reference = None
+    if means is not None and mixture is not None:
+        found = smoothed(means.centres, mixture, means.std)
+        reference = Reference(found.value, found.reach, "by the decoder's means")
     return Sandwich(
         lower=certificate.jsd_nats_lower,
         level=certificate.level,
         bound=_bound(options, held, one),
         entropy=None if truth is None else truth.entropy,
         entropy_error=0.0 if truth is None else truth.entropy_error,
+        exact=reference,
     )
 
 
@@ -238,20 +211,6 @@ def _bound(options: Compare, held: Reals, one: Opponent) -> Estimate:
     request = Request("test", calls, options.seed, quiet=options.quiet)
     (result,) = measure(subject, [subject.model], request, "bound")
     return result.estimates()["total"]
-
-
-def _modes(options: Compare, held: Reals, fakes: Any) -> dict[str, Any] | None:
-    """Mode counts of toys whose modes lie apart."""
-    mixture = _plane(held)
-    if mixture is None or not measures.apart(mixture):
-        return None
-    with seeded(options.seed, "compare", "modes"):
-        rows = fakes[:COUNTED] if isinstance(fakes, Tensor) else torch.as_tensor(fakes(COUNTED))
-    return modes(mixture, rows).as_json()
-
-
-COUNTED = 2500
-"""Samples whose modes are counted, as in PacGAN."""
 
 
 def _place(options: Compare, held: Reals, one: Opponent, several: int) -> Path | None:
@@ -276,11 +235,3 @@ def write(place: Path, document: dict[str, Any], arrays: dict[str, Any]) -> None
     place.parent.mkdir(parents=True, exist_ok=True)
     save_arrays(place.with_name(f"{place.name}.npz"), arrays)
     write_json_atomic(place.with_name(f"{place.name}.json"), document)
-
-
-def exact_reference(value: float, error: float) -> Reference:
-    """A divergence that was found by other means than the two sides of the sandwich."""
-    return Reference(value, error, "decoder means, quadrature")
-
-
-__all__ = ["confront", "phi", "run", "write"]

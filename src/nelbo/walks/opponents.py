@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nelbo import console
 from nelbo.commands import Compare, Evaluate, Sample
 from nelbo.data import toys
 from nelbo.data.base import Dataset
@@ -27,8 +26,9 @@ from nelbo.errors import InputRefused, UsageError
 from nelbo.randomness import generator
 from nelbo.recipes import foreign
 from nelbo.recipes.recipe import Subject
-from nelbo.samplers import Ancestral, Sampler, sample
+from nelbo.samplers import Ancestral
 from nelbo.walks import fitting
+from nelbo.walks.chains import Means, centres, draws
 from nelbo.walks.played import is_game, open_game
 from nelbo.walks.sample import sampler_of
 from nelbo.walks.stored import open_checkpoint
@@ -41,7 +41,6 @@ BUILT_IN: dict[str, Callable[[], Dataset]] = {
     "grid": toys.grid25,
     "gaussian": toys.correlated,
 }
-CHUNK = 1024
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,8 @@ class Opponent:
         fakes: n -> (n, *shape) stored rows, or the rows themselves.
         subject: of a chain, the very model and grid that `fakes` walks; None where there is no
             bound, with `unbounded` saying why.
-        judge: the game's own discriminator on stored rows.
+        judge: the game's own discriminator, on the model's scale.
+        means: n -> the means of a chain's normal decoder, of which `fakes` adds the noise.
         data: what the run was trained on.
     """
 
@@ -65,6 +65,7 @@ class Opponent:
     subject: Subject | None = None
     unbounded: str = ""
     judge: nn.Module | None = None
+    means: Callable[[int], Means | None] | None = None
     data: Dataset | None = None
     folder: Path | None = None
 
@@ -182,30 +183,11 @@ def _chain(options: Compare, path: Path, device: str) -> Opponent:
         draws(subject, way, device, options.quiet),
         {"path": str(path), "step": stored.step, "weights": "ema", "sampler": words},
         subject=subject if same else None,
+        means=centres(subject, device, options.quiet) if same else None,
         unbounded="" if same else f"the bound is not of the {options.sampler} sampler",
         data=stored.subject.dataset if stored.assumed is None else None,
         folder=path if stored.assumed is None else None,
     )
-
-
-def draws(subject: Subject, way: Sampler, device: str, quiet: bool) -> Callable[[int], Tensor]:
-    """n -> stored rows drawn by walking the subject's model over its grid, decoder included."""
-    dataset, times = subject.dataset, subject.times
-
-    def draw(count: int) -> Tensor:
-        out: list[Tensor] = []
-        sizes = [min(CHUNK, count - done) for done in range(0, count, CHUNK)]
-        model = subject.model.to(device)
-        with console.Meter("sample", len(sizes) * (len(times) + 1), "steps", quiet) as meter:
-            for number, size in enumerate(sizes):
-                walk = sample(model, way, times, (size, *dataset.shape()), device)
-                for k, (_, now) in enumerate(walk):
-                    meter.update(number * (len(times) + 1) + k + 1)
-                    x_t = now
-                out.append(dataset.decode(x_t.cpu()))
-        return torch.cat(out)
-
-    return draw
 
 
 def reals(options: Compare, against: list[Opponent]) -> Reals:

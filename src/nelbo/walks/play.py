@@ -22,19 +22,22 @@ from torch import Tensor, nn
 
 from nelbo import report
 from nelbo.averages import Halving
+from nelbo.commands import Compare
 from nelbo.data.loading import batch_indices
 from nelbo.gan import DiscriminatorLoss, GeneratorLoss
-from nelbo.randomness import generator, seeded
+from nelbo.randomness import seeded
 from nelbo.recipes.recipe import GameRecipe
+from nelbo.scores import sliced_wasserstein
 from nelbo.trainer import Player, Rate, Record, Trainer
+from nelbo.walks import compare as comparing
 from nelbo.walks.generate import draw
+from nelbo.walks.opponents import OWN
 from nelbo.walks.played import DISCRIMINATOR, GENERATOR, Played, drawn
 from nelbo.walks.sample import write_beside
 from nelbo.walks.session import Session
 from nelbo.walks.training import Training
 from nelbo.walks.watch import Validation, Watch
 
-DIRECTIONS = 256
 LEAST = 1000
 """Samples at least that are compared with the validation part."""
 PATIENCE = 0.5
@@ -157,20 +160,12 @@ class GameWatch(Watch):
         copies = -(-LEAST // len(rows))
         with seeded(0, "validation"):
             samples = drawn(self.recipe, averaged, copies * len(rows), device)
-        value = sliced(encode(rows).repeat(copies, *[1] * (rows.ndim - 1)), encode(samples))
+        real = encode(rows).flatten(1).repeat(copies, 1)
+        value = sliced_wasserstein(real.double(), encode(samples).flatten(1).double())
         kept = {"mean": value, "unit": "sliced Wasserstein, model's scale", "n": len(rows)}
         jsd = f"JSD (training D, not certified) {self._plug_in():.3f} nats"
         text = f"sliced Wasserstein to validation {value:.4g}, {jsd}"
         return Validation(kept, {"sliced_wasserstein": value}, text)
-
-
-def sliced(real: Tensor, fake: Tensor) -> float:
-    """The mean of W_2^2 over random directions, (n, *shape) both; squared units of the rows."""
-    x, y = (side.flatten(1).double() for side in (real, fake))
-    draws = generator(0, "directions", x.shape[1])
-    ways = torch.randn(x.shape[1], DIRECTIONS, dtype=torch.float64, generator=draws)
-    ways = ways / ways.norm(dim=0)
-    return float(((x @ ways).sort(0).values - (y @ ways).sort(0).values).square().mean())
 
 
 def finish(session: Session, played: Played) -> None:
@@ -178,11 +173,25 @@ def finish(session: Session, played: Played) -> None:
     options = played.recipe.options
     samples = draw(played, options.samples, options.seed, session.quiet)
     paths = write_beside(session.directory.samples, played.recipe.dataset, samples)
-    # the certificate on the test part (compare) belongs here: after the samples, before the report
+    found = _compared(session, played) if options.compare else []
     session.status("finished", 0)
     page = report.write(session.directory.path)
     if session.options.json:
         about = {"schema": 1, "family": "game", "step": played.step, **paths}
-        print(json.dumps({**about, "report": str(page), "run": str(session.directory.path)}))
+        places = {"report": str(page), "run": str(session.directory.path)}
+        print(json.dumps({**about, **places, "compared": found}))
     else:
-        print("\n".join([*paths.values(), f"report: {page}"]))
+        said = [comparing.text(found), ""] if found else []
+        print("\n".join([*said, *paths.values(), f"report: {page}"]))
+
+
+def _compared(session: Session, played: Played) -> list[dict[str, Any]]:
+    """The samples before data that nobody trained on: what a generator has instead of a bound."""
+    options = Compare(
+        real=OWN,
+        fakes=(str(session.directory.path),),
+        seed=played.recipe.options.seed,
+        device="cpu" if played.device == "cpu" else "cuda",
+        quiet=session.quiet,
+    )
+    return comparing.compared(options)
