@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nelbo.blurred import smoothed
 from nelbo.certificate import Certificate, certify
@@ -95,7 +96,8 @@ def confront(
     """The document and the arrays of one opponent before the reals."""
     fakes, means = _fakes(options, held, one)
     certificate = certify(held.rows, fakes, **_terms(options, held, one), ledger=ledger)
-    rungs = _ladder(options, held, one, fakes, certificate)
+    rows = known.pool(options, held, fakes)
+    rungs = _ladder(options, held, one, fakes, rows, certificate)
     sandwich = _sandwich(options, held, one, certificate, means)
     found = measures.measured(options, held, fakes) if options.metrics else None
     document = {
@@ -111,9 +113,9 @@ def confront(
         "certificate": certificate.as_json(),
         "ladder": rungs,
         "sandwich": sandwich.as_json() if sandwich else None,
-        "blurred": known.blurs(options, held, fakes),
+        "blurred": known.blurs(held, rows),
         "metrics": found.as_json() if found else None,
-        "modes": known.counted(options, held, fakes),
+        "modes": known.counted(held, rows),
         "remark": sandwich.verdict if sandwich else f"no bound: {one.unbounded}",
     }
     return document, {**certificate.arrays(), **witness.arrays(held, fakes, certificate, options)}
@@ -157,7 +159,12 @@ def _terms(options: Compare, held: Reals, one: Opponent) -> dict[str, Any]:
 
 
 def _ladder(
-    options: Compare, held: Reals, one: Opponent, fakes: Any, certificate: Certificate
+    options: Compare,
+    held: Reals,
+    one: Opponent,
+    fakes: Any,
+    rows: Tensor | None,
+    certificate: Certificate,
 ) -> list[dict[str, Any]]:
     """A certificate for every noise level, and beside it the exact value where it is known."""
     if not options.ladder:
@@ -169,7 +176,7 @@ def _ladder(
         {
             "logsnr": rung.logsnr,
             "certificate": rung.certificate.as_json(),
-            "exact": known.exact(options, held, fakes, rung),
+            "exact": known.exact(held, rows, rung),
         }
         for rung in rungs
     ]

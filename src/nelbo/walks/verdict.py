@@ -80,7 +80,7 @@ def _sandwich(documents: list[Json]) -> list[list[str]]:
             value = (document["sandwich"] or {}).get(name)
             if isinstance(value, dict):
                 mean = value.get("mean", value.get("jsd_nats"))
-                error = value.get("se")
+                error = value.get("se", value.get("error"))
                 return f"{mean:.{digits}f}" if error is None else _pm(mean, error)
             return "" if value is None else f"{value:.{digits}f}"
 
