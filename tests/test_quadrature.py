@@ -272,7 +272,7 @@ def test_a_kinked_discriminator_comes_with_its_own_error() -> None:
         return (x[:, 0] - 0.1234).abs() - 0.3
 
     found = value(p, g, kinked, agreement=1e-5)
-    assert 1e-11 < found.error < 1e-4
+    assert 1e-9 < found.error < 1e-4
     assert abs(value(p, g, kinked, agreement=1e-7).value - found.value) < found.error
 
 
