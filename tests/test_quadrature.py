@@ -154,7 +154,7 @@ def test_the_best_discriminator_beats_every_other() -> None:
     top, divergence = value(p, g, best).value, jsd(p, g).value
     assert top == pytest.approx(2 * divergence - math.log(4), abs=1e-9)
     assert abs(slack(p, g, best).value) < 1e-14
-    draws = torch.randn(12, 4, dtype=torch.float64, generator=generator(0, "perturbations"))
+    draws = torch.randn(8, 4, dtype=torch.float64, generator=generator(0, "perturbations"))
     for a, b, c, d in draws.tolist():
 
         def other(x: Tensor, a=a, b=b, c=c, d=d) -> Tensor:  # noqa: ANN001
@@ -272,7 +272,7 @@ def test_a_kinked_discriminator_comes_with_its_own_error() -> None:
         return (x[:, 0] - 0.1234).abs() - 0.3
 
     found = value(p, g, kinked, agreement=1e-5)
-    assert 1e-11 < found.error < 1e-4
+    assert 1e-9 < found.error < 1e-4
     assert abs(value(p, g, kinked, agreement=1e-7).value - found.value) < found.error
 
 

@@ -20,7 +20,7 @@ from nelbo.errors import InputRefused
 REACH = 10.0
 """Standard deviations from a component beyond which its mass, below 2e-22, is left out."""
 ENTRIES = 2**20
-LATTICE = 2**25
+LATTICE = 2**23
 
 
 class Region(ABC):
