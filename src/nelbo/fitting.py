@@ -141,9 +141,9 @@ def balanced_loss(network: nn.Module, real: Tensor, fake: Tensor) -> float:
 
 @torch.no_grad()
 def score(network: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-    """Logits (n,) float64, in blocks of rows."""
-    parts = [network(block).detach().reshape(len(block), -1) for block in rows.split(CHUNK)]
-    return torch.cat(parts).to("cpu", torch.float64).flatten()
+    """Logits float64, in blocks of rows; (n,) if the network gives one per row."""
+    parts = [network(block).detach().flatten() for block in rows.split(CHUNK)]
+    return torch.cat(parts).to("cpu", torch.float64)
 
 
 def _folds(

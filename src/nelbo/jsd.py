@@ -39,7 +39,7 @@ LOG2 = math.log(2)
 CEILING = 0.75
 """Largest share of the capital that a pair can lose, c in I62."""
 HALVINGS = 60
-DEEP = 130
+DEEP = 70
 
 
 def phi(r: float | Tensor) -> Tensor:
@@ -75,8 +75,8 @@ def kappa(x: float | Tensor) -> Tensor:
     jsd = torch.as_tensor(x, dtype=torch.float64)
     if not bool(((jsd >= 0) & (jsd <= LOG2)).all()):
         raise UsageError(f"kappa takes a JSD between 0 and log 2 nats, not {x}")
-    low = 2 * jsd / LOG2  # phi(exp(-u)) is concave in u with this slope at 0
-    high = torch.full_like(jsd, 800.0)
+    # phi(exp(-u)) is concave in u: below its tangent at 0, above its chord to u = 800.
+    low, high = 2 * jsd / LOG2, 800 * jsd / LOG2
     for _ in range(DEEP):
         middle = (low + high) / 2
         # Near log 2 the gap to it keeps the digits that the value itself has lost.

@@ -221,7 +221,8 @@ def refuse_mismatch(real: Tensor, fake: Tensor, as_is: bool = False) -> None:
 
 def _refuse_grid(real: Tensor, fake: Tensor) -> None:
     on = [bool((x == x.round()).all()) for x in (real, fake)]
-    if on[0] != on[1]:
+    # A constant side is named as such elsewhere.
+    if on[0] != on[1] and bool((fake != fake.flatten()[0]).any()):
         names = ["integers" if whole else "not rounded" for whole in on]
         raise InputRefused(
             f"the values of the reals are {names[0]}, those of the fakes {names[1]}: the grid "
@@ -235,7 +236,7 @@ def _refuse_range(real: Tensor, fake: Tensor) -> None:
         apart = d - c > SPANS * (b - a) or b - a > SPANS * (d - c)
     else:
         apart = d > STEPS * b or b > STEPS * d
-    if apart and c < d:  # a constant side is named as such elsewhere
+    if apart and c < d:
         raise InputRefused(
             f"the reals lie in {a:g}..{b:g}, the fakes in {c:g}..{d:g}: the scale alone would "
             "tell them apart. Bring both to the same units; if the range is the sampler's own "
