@@ -95,7 +95,7 @@ def _recipes() -> str:
 
 
 def _has_path(kind: type) -> bool:
-    return "path" in kind.__annotations__
+    return any("path" in base.__dict__.get("__annotations__", {}) for base in kind.__mro__)
 
 
 def _about(kind: type) -> str:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-SMALLEST = 4
+SMALLEST, WIDEST = 4, 4
+"""Least side of a map, and most times the channels of the full size."""
 SLOPE = 0.2
 
 
@@ -115,21 +116,28 @@ def doublings(height: int, width: int) -> int:
     return max(0, int(math.log2(max(min(height, width), SMALLEST) / SMALLEST)))
 
 
+def widths(channels: int, times: int) -> list[int]:
+    """Channels from the full size to the smallest: twice as many at half the size, to WIDEST."""
+    return [channels * min(2**k, WIDEST) for k in range(times + 1)]
+
+
 class ImageGenerator(nn.Module):
     """Residual blocks that double a small map, (B, latent) -> (B, C, H, W).
 
     Arguments:
-        latent: dimensions of z. shape: (C, H, W) of the data. channels: of the hidden maps.
+        latent: dimensions of z. shape: (C, H, W) of the data. channels: at full size.
     """
 
-    def __init__(self, latent: int, shape: tuple[int, ...], channels: int = 64) -> None:
+    def __init__(self, latent: int, shape: tuple[int, ...], channels: int = 32) -> None:
         super().__init__()
         planes, self.height, self.width = shape
         times = doublings(self.height, self.width)
-        self.start = (channels, -(-self.height // 2**times), -(-self.width // 2**times))
+        sizes = widths(channels, times)[::-1]
+        self.start = (sizes[0], -(-self.height // 2**times), -(-self.width // 2**times))
         self.first = nn.Linear(latent, math.prod(self.start))
-        self.blocks = nn.ModuleList([_Residual(channels, 2.0) for _ in range(times)])
-        self.refine = _Residual(channels, 1.0)
+        pairs = zip(sizes[:-1], sizes[1:], strict=True)
+        self.blocks = nn.ModuleList([_Residual(a, b, 2.0) for a, b in pairs])
+        self.refine = _Residual(channels, channels, 1.0)
         self.last = nn.Conv2d(channels, planes, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -146,19 +154,21 @@ class ImageDiscriminator(nn.Module):
     """Residual blocks that halve the image, then a linear map: (B, C, H, W) -> (B,).
 
     Arguments:
-        shape: (C, H, W) of the data. channels: of the hidden maps.
+        shape: (C, H, W) of the data. channels: at full size.
     """
 
-    def __init__(self, shape: tuple[int, ...], channels: int = 64) -> None:
+    def __init__(self, shape: tuple[int, ...], channels: int = 32) -> None:
         super().__init__()
         planes, height, width = shape
         times = doublings(height, width)
+        sizes = widths(channels, times)
         self.first = nn.Conv2d(planes, channels, 3, padding=1)
-        self.refine = _Residual(channels, 1.0)
-        self.blocks = nn.ModuleList([_Residual(channels, 0.5) for _ in range(times)])
+        self.refine = _Residual(channels, channels, 1.0)
+        pairs = zip(sizes[:-1], sizes[1:], strict=True)
+        self.blocks = nn.ModuleList([_Residual(a, b, 0.5) for a, b in pairs])
         for _ in range(times):
             height, width = -(-height // 2), -(-width // 2)
-        self.last = nn.Linear(channels * height * width, 1)
+        self.last = nn.Linear(sizes[-1] * height * width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B,) logits."""
@@ -170,16 +180,18 @@ class ImageDiscriminator(nn.Module):
 
 
 class _Residual(nn.Module):
-    """h + conv(act(conv(act(h)))) with the second convolution at zero, after a change of size.
+    """h + conv(act(conv(act(h)))) with the second convolution at zero, and a change of size.
 
-    Without normalisation a deep stack starts as the identity; the gradient penalty keeps it tame.
+    Without normalisation a deep stack starts as the identity (a linear map where the number of
+    channels changes); the gradient penalty keeps it tame.
     """
 
-    def __init__(self, channels: int, scale: float) -> None:
+    def __init__(self, inputs: int, outputs: int, scale: float) -> None:
         super().__init__()
         self.scale = scale
-        self.conv_1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.conv_2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv_1 = nn.Conv2d(inputs, min(inputs, outputs), 3, padding=1)
+        self.conv_2 = nn.Conv2d(min(inputs, outputs), outputs, 3, padding=1)
+        self.skip = nn.Conv2d(inputs, outputs, 1, bias=False) if inputs != outputs else None
         for parameter in self.conv_2.parameters():
             nn.init.zeros_(parameter)
 
@@ -187,5 +199,5 @@ class _Residual(nn.Module):
         if self.scale > 1:
             h = F.interpolate(h, scale_factor=2.0, mode="nearest")
         u = self.conv_2(F.leaky_relu(self.conv_1(F.leaky_relu(h, SLOPE)), SLOPE))
-        out: Tensor = h + u
+        out: Tensor = (h if self.skip is None else self.skip(h)) + u
         return F.avg_pool2d(out, 2, ceil_mode=True) if self.scale < 1 else out

@@ -53,6 +53,8 @@ def dataset_of(options: GameOptions) -> Dataset:
         return cifar10(options.path)
     if isinstance(options, o.ImagesGame):
         return _images(open_path(options.path, size=options.size))
+    if isinstance(options, o.MnistGame):
+        return _images(open_path(options.path))
     assert isinstance(options, KnownLaw)
     return known_law(options, options.seed)
 

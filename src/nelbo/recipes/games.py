@@ -94,22 +94,20 @@ class DigitsGame(GameOptions, Pyramids):
     """CPU threads."""
     validation: int = 100
     """Images held out of the training part to choose the best checkpoint."""
-    steps: int = 6000
+    steps: int = 4000
     batch: int = 64
-    channels: int = 48
+    relax: float = 0.3
     validate_every: int = 500
     save_every: int = 500
     samples: int = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImagesGame(GameOptions, Pyramids):
-    """A folder of images, an .npy/.npz array of levels, or a folder in a known format."""
+class PicturesGame(GameOptions, Pyramids):
+    """Images from the user's disk."""
 
     path: tyro.conf.Positional[Path]
     """Folder or file."""
-    size: int | None = None
-    """Crop to a square and resize to this size."""
     batch: int = 64
     latent: int = 128
     rate: float = 2e-4
@@ -118,15 +116,23 @@ class ImagesGame(GameOptions, Pyramids):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MnistGame(ImagesGame):
+class ImagesGame(PicturesGame):
+    """A folder of images, an .npy/.npz array of levels, or a folder in a known format."""
+
+    size: int | None = None
+    """Crop to a square and resize to this size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MnistGame(PicturesGame):
     """MNIST-format IDX files (plain or .gz), grey."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cifar10Game(ImagesGame):
+class Cifar10Game(PicturesGame):
     """CIFAR-10's binary batches."""
 
-    channels: int = 128
+    channels: int = 64
     steps: int = 100_000
 
 

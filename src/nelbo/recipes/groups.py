@@ -218,8 +218,8 @@ class Perceptrons:
 class Pyramids:
     """Players of images."""
 
-    channels: int = 64
-    """Channels of both networks' maps."""
+    channels: int = 32
+    """Channels of both networks at full size; twice as many at half the size, up to four times."""
     augment: float = 0.0
     """Probability of each change (shift, cut, brightness) that the discriminator sees, of reals
     and fakes alike."""
