@@ -79,8 +79,20 @@ def test_the_conversion_of_units_comes_out_as_printed() -> None:
 
 
 def test_the_exact_game_comes_out_as_printed() -> None:
-    (code,) = blocks(DOCS / "games.md", "python")
+    code, _ = blocks(DOCS / "games.md", "python")
     assert f"```\n{printed(code)}```" in (DOCS / "games.md").read_text()
+
+
+def test_the_certificate_comes_out_as_printed() -> None:
+    """To .005 nats: fits may differ in rounding from machine to machine."""
+    _, code = blocks(DOCS / "games.md", "python")
+    shown = re.search(r"```\n(JSD >= .*?)```", (DOCS / "games.md").read_text(), re.S)
+    assert shown is not None
+    pattern = r"JSD >= (\d\.\d+) nats .*\nplug-in (\d\.\d+) ±"
+    found, stated = (re.match(pattern, text) for text in (printed(code), shown[1]))
+    assert found is not None and stated is not None
+    numbers = [[float(x) for x in match.groups()] for match in (found, stated)]
+    assert numbers[0] == pytest.approx(numbers[1], abs=0.005)
 
 
 def test_the_plain_product_misses_what_the_weights_reach() -> None:
