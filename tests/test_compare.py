@@ -12,8 +12,9 @@ import pytest
 import torch
 from tiny import command, silent
 
-from nelbo.claim import bound_again
+from nelbo.claim import recompute
 from nelbo.data.toys import correlated, ring
+from nelbo.errors import InputRefused
 from nelbo.jsd import kappa
 from nelbo.randomness import generator
 
@@ -105,10 +106,13 @@ def test_shifted_samples_are(tmp_path: Path) -> None:
     exact = _shifted_jsd(0.6)
     assert 0.6 * exact < lower < exact
     # what was written holds the pairs from which anyone can compute the bound again
-    with np.load(Path(found["written"]).with_suffix(".npz")) as file:
-        real, fake = (torch.from_numpy(file[f"logits_{side}"]) for side in ("real", "fake"))
-    again = bound_again(real, fake, found["certificate"]["clip"], None, 0.05)
-    assert math.isclose(again, lower, rel_tol=1e-12)
+    written = Path(found["written"])
+    assert math.isclose(recompute(written), lower, rel_tol=1e-12)
+    changed = json.loads(written.read_text())
+    changed["certificate"]["jsd_nats_lower"] += 0.001
+    written.write_text(json.dumps(changed))
+    with pytest.raises(InputRefused, match="was changed"):
+        recompute(written)
 
 
 def _shifted_jsd(shift: float) -> float:

@@ -172,20 +172,21 @@ class Certificate:
 
 
 def recompute(path: str | Path) -> float:
-    """The bound in nats that the logits stored by `Certificate.save` give.
+    """The bound in nats that the logits stored beside a certificate give.
 
     Arguments:
-        path: of the JSON file.
+        path: of a JSON file that `Certificate.save` or `nelbo compare` wrote.
 
     Raises:
         InputRefused: a file is missing or damaged, or the bound is not the one that is claimed.
     """
     target = Path(path).with_suffix(".json")
-    claim = read_json(target)
+    document = read_json(target)
     try:
-        beside = target.with_name(Path(claim["logits"]["file"]).name)
+        claim = document.get("certificate", document)
+        beside = target.with_name(Path(document["logits"]["file"]).name)
         data = beside.read_bytes()
-        if hashlib.sha256(data).hexdigest() != claim["logits"]["sha256"]:
+        if hashlib.sha256(data).hexdigest() != document["logits"]["sha256"]:
             raise InputRefused(f"{beside}: is not the file that {target} was written with")
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
             stored = {name: torch.from_numpy(file[name]) for name in file.files}

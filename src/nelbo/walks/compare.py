@@ -8,6 +8,7 @@ in one ledger, because a certificate is only worth its error probability when it
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -238,7 +239,9 @@ def _place(options: Compare, held: Reals, one: Opponent, several: int) -> Path |
 
 
 def write(place: Path, document: dict[str, Any], arrays: dict[str, Any]) -> None:
-    """Write PLACE.npz, then PLACE.json."""
+    """Write PLACE.npz, then PLACE.json with its checksum, as `nelbo.claim.recompute` wants it."""
     place.parent.mkdir(parents=True, exist_ok=True)
-    save_arrays(place.with_name(f"{place.name}.npz"), arrays)
-    write_json_atomic(place.with_name(f"{place.name}.json"), document)
+    beside = place.with_name(f"{place.name}.npz")
+    save_arrays(beside, arrays)
+    logits = {"file": beside.name, "sha256": hashlib.sha256(beside.read_bytes()).hexdigest()}
+    write_json_atomic(place.with_name(f"{place.name}.json"), {**document, "logits": logits})
