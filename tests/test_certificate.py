@@ -481,3 +481,28 @@ def test_the_ladder_shares_fakes_parts_and_error_probability(tmp_path: Path):
     assert rungs[0].as_json()["certificate"]["channel"] == "noise to log-SNR 6"
     with pytest.raises(UsageError):
         ladder(normal(600), sampler, [1, 1])
+
+
+def test_numpy_rows_of_any_layout_are_read():
+    x = normal(200).numpy()
+    plain = certify(x, shift(1), judges=QUICK)
+    for other in (x.astype(">f8"), x[::-1][::-1], np.asfortranarray(x)):
+        assert certify(other, shift(1), judges=QUICK).jsd_nats_lower == plain.jsd_nats_lower
+    flags = np.random.default_rng(0).random((200, 9)) < 0.5
+    found = certify(flags, lambda n: torch.rand(n, 9) < 0.9, judges=QUICK)
+    assert found.jsd_nats_lower > 0.1
+
+
+def test_few_fakes_may_train_and_wide_rows_are_turned_to_few_axes():
+    calls: list[int] = []
+
+    def sampler(n: int) -> Tensor:
+        calls.append(n)
+        return 1.5 * torch.randn(n, 1100)
+
+    found = certify(normal(200, 1100), sampler, judges=[Regression(10)], fit_fakes=40)
+    assert calls == [40, 20, 90] and found.n_fit == 90
+    again = certify(normal(200, 1100), sampler, judges=[Regression(10)], fit_fakes=40)
+    assert torch.equal(found.logits_real, again.logits_real)
+    with pytest.raises(UsageError, match="no judges"):
+        certify(normal(200), shift(1), judges=[])

@@ -27,7 +27,7 @@ class Inquiry:
     """What is asked.
 
     Arguments:
-        alpha, seed, clips, looks, ledger, as_is: see `nelbo.certificate.certify`.
+        alpha, seed, clips, looks, ledger, as_is, fit_fakes: see `nelbo.certificate.certify`.
         judges: the candidates. view: what they see of stored rows. sampler: name of the fakes.
     """
 
@@ -40,6 +40,7 @@ class Inquiry:
     ledger: Ledger | None
     sampler: str
     as_is: bool
+    fit_fakes: int | None
 
     def choose(self, fit: Any, calibration: Any, n: int, block: int = 0) -> Chosen:
         """A classifier, fitted and calibrated for n pairs."""
