@@ -146,6 +146,17 @@ def test_the_sentence_claims_no_more_than_was_shown():
 
 
 @pytest.mark.parametrize("mode", ["split", "prequential"])
+def test_the_discriminator_gives_the_logits_of_the_stored_rows(mode: str):
+    found = certify(normal(300), shift(2), judges=[Best(2)], mode=mode)
+    d, x, y = found.discriminator, found.rows_real, found.rows_fake
+    assert d is not None and x is not None and y is not None
+    last = slice(-40, None)  # in prequential mode the last block is its own
+    torch.testing.assert_close(d(x[last]), found.logits_real[last])
+    torch.testing.assert_close(d(y[last]), found.logits_fake[last])
+    assert "rows_real" not in found.as_json() and "discriminator" not in found.as_json()
+
+
+@pytest.mark.parametrize("mode", ["split", "prequential"])
 def test_anyone_can_compute_the_bound_again(mode: str, tmp_path: Path):
     found = certify(normal(300), shift(2), judges=QUICK, mode=mode)
     assert found.recomputed() == found.jsd_nats_lower > 0

@@ -164,6 +164,7 @@ def _split(
         chosen,
         logits,
         None,
+        (parts.certificate, drawn["C"]),
         mode="split",
         looks=looks,
         split_hash=parts.hash,
@@ -171,7 +172,7 @@ def _split(
         n_fit=len(parts.fit),
         n_calibration=len(parts.calibration),
         dropped=parts.dropped,
-        two_cells=cells.jsd_nats_lower,
+        jsd_nats_two_cells=cells.jsd_nats_lower,
         tv_lower=cells.tv_lower,
     )
 

@@ -20,6 +20,7 @@ from nelbo.jsd import log_e_value, plug_in
 from nelbo.judges import Judge
 from nelbo.looks import Ledger
 from nelbo.randomness import key
+from nelbo.sides import read
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,14 @@ def certificate(
     chosen: Chosen,
     logits: tuple[Tensor, Tensor],
     clips: Tensor | None,
+    rows: tuple[Tensor, Tensor],
     **about: Any,
 ) -> Certificate:
     """The certificate that the logits of the pairs give.
 
     Arguments:
         logits: (n,) of reals and of fakes, in the order of the bound. clips: see `Certificate`.
+        rows: (n, *shape) stored rows of both sides, in the same order.
         about: its other fields.
     """
     setting = chosen.setting
@@ -104,6 +107,9 @@ def certificate(
         logits_real=logits[0],
         logits_fake=logits[1],
         clips=clips,
+        rows_real=rows[0],
+        rows_fake=rows[1],
+        discriminator=lambda some: chosen.logits(inquiry.view(read(some, "the rows"), "looking")),
         accuracy=float((logits[0] > 0).double().mean() + (logits[1] <= 0).double().mean()) / 2,
         auc=_auc(*logits),
         **about,
