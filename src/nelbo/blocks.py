@@ -48,7 +48,7 @@ def prequential(
     inquiry = replace(inquiry, view=inquiry.view.fitted(first))
     x, y = inquiry.sides(real, fake, "blocks")
     extra = None if more is None else inquiry.view(more, "fit_real")
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     for block, (start, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
         chosen = _learn(inquiry, x[:start], y[:start], extra, total - ends[0], block)
         # Equal rows stand together; within a block the order must not tell anything.
@@ -56,13 +56,16 @@ def prequential(
             end - start, generator=generator(inquiry.seed, "block", block)
         )
         clip = torch.full((end - start,), chosen.setting.clip, dtype=torch.float64)
-        found.append((chosen.logits(x[mix]), chosen.logits(y[mix]), clip))
-    logits_real, logits_fake, clips = (torch.cat(list(part)) for part in zip(*found, strict=True))
+        found.append((chosen.logits(x[mix]), chosen.logits(y[mix]), clip, mix))
+    logits_real, logits_fake, clips, mixed = (
+        torch.cat(list(part)) for part in zip(*found, strict=True)
+    )
     return certificate(
         inquiry,
         chosen,
         (logits_real, logits_fake),
         clips,
+        (real[mixed], fake[mixed]),
         mode="prequential",
         looks=looks,
         split_hash=split_hash,

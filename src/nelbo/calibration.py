@@ -101,6 +101,7 @@ def choose(
     for place, judge in enumerate(judges):
         network = judge.fit(*fit, key(seed, "judge", place) % 2**31)
         real, fake = (_logits(network, rows, judge.name) for rows in calibration)
+        refuse_batch_dependence(network, torch.cat(calibration), judge.name, seed)
         setting = settle(real, fake, n, alpha, clips)
         mark = fingerprint(network, torch.cat([real, fake]))
         cell = _threshold(setting.apply(real), setting.apply(fake))
@@ -109,7 +110,6 @@ def choose(
         f"{one.name} ({i})" if _twice(one, found) else one.name for i, one in enumerate(found)
     ]
     best = max(found, key=lambda one: one.setting.predicted)
-    refuse_batch_dependence(best.network, torch.cat(calibration), best.name, seed)
     predicted = {name: one.setting.predicted for name, one in zip(names, found, strict=True)}
     return Chosen(best.network, best.setting, best.name, best.hash, predicted, best.threshold)
 

@@ -50,6 +50,7 @@ def certify(
     mode: str = "split",
     channel: Channel | str | None = None,
     fit_real: Source | None = None,
+    fit_fakes: int | None = None,
     groups: Tensor | None = None,
     encode: Encode | Standard | None = None,
     levels: int | None = None,
@@ -76,6 +77,8 @@ def certify(
         mode: "split", or "prequential" for few reals: no part is set aside for good.
         channel: applied to both sides, or the name of what both sides have passed already.
         fit_real: reals that the sampler may have seen; the classifiers are fitted on them too.
+        fit_fakes: most fakes to draw for FIT, where they are dear; by default as many as reals
+            there, or all that an array has left.
         groups: (N,) a number per real; equal ones (subjects, scenes) stay in one part.
         encode: stored rows -> what the channel and the classifiers read, such as
             `Dataset.encode`; by default levels go to [-1, 1] and vectors stay as they are.
@@ -119,6 +122,7 @@ def certify(
         ledger=ledger,
         sampler=source.name,
         as_is=as_is,
+        fit_fakes=fit_fakes,
     )
     keep = together(rows, copies_together)
     if mode == "prequential":
@@ -160,6 +164,7 @@ def _split(
         chosen,
         logits,
         None,
+        (parts.certificate, drawn["C"]),
         mode="split",
         looks=looks,
         split_hash=parts.hash,
@@ -167,7 +172,7 @@ def _split(
         n_fit=len(parts.fit),
         n_calibration=len(parts.calibration),
         dropped=parts.dropped,
-        two_cells=cells.jsd_nats_lower,
+        jsd_nats_two_cells=cells.jsd_nats_lower,
         tv_lower=cells.tv_lower,
     )
 
@@ -177,6 +182,7 @@ def _draw(inquiry: Inquiry, parts: Parts, source: Fakes, rows: Tensor) -> dict[s
     pairs = {"CAL": len(parts.calibration), "C": len(parts.certificate)}
     most = source.most()
     wanted = len(parts.fit) if most is None else most - sum(pairs.values())
+    wanted = min(wanted, inquiry.fit_fakes or wanted)
     refuse_few(wanted, pairs["CAL"], pairs["C"], SHARES)
     drawn: dict[str, Tensor] = {}
     for part, count in {"FIT": wanted, **pairs}.items():

@@ -12,7 +12,7 @@ import io
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from nelbo.prequential import prequential_bound
 
 DETECTABLE = 6.0
 """A bound above 0 takes about 6/JSD pairs."""
+ARRAYS = ("logits_real", "logits_fake", "clips")
+UNWRITTEN = (*ARRAYS, "rows_real", "rows_fake", "discriminator")
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,11 +53,13 @@ class Certificate:
         logits_real, logits_fake: (n_pairs,) float64, in the order of the bound.
         clips: (n_pairs,) in prequential mode, else None.
         n_fit, n_calibration: reals in FIT and CAL, dropped: reals of FIT equal to one of C.
-        two_cells: a second bound on JSD in nats, each true with confidence 1 - alpha, not jointly;
+        jsd_nats_two_cells: a second bound on JSD, each with confidence 1 - alpha, not jointly;
             None in prequential mode. tv_lower: bound on total variation, from the same cells.
         accuracy, auc: of the logits on the certificate set.
         version: of the program.
-        score: stored rows (n, *shape) -> (n,) logits, in the program that made it alone.
+        rows_real, rows_fake: (n_pairs, *shape) the certificate set as stored, in the order of the
+            logits; discriminator: such rows -> (B,) logits with temperature and offset, for the
+            plane or the most convincing fakes. For looking at only: neither is written.
     """
 
     jsd_nats_lower: float
@@ -83,12 +87,14 @@ class Certificate:
     n_fit: int = 0
     n_calibration: int = 0
     dropped: int = 0
-    two_cells: float | None = None
+    jsd_nats_two_cells: float | None = None
     tv_lower: float | None = None
     accuracy: float = math.nan
     auc: float = math.nan
     version: str = nelbo.__version__
-    score: Callable[[Tensor], Tensor] | None = None
+    rows_real: Tensor | None = field(default=None, repr=False)
+    rows_fake: Tensor | None = field(default=None, repr=False)
+    discriminator: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
 
     @property
     def level(self) -> float:
@@ -121,8 +127,8 @@ class Certificate:
         if self.channel:
             words += f", after {self.channel}"
         if self.looks > 1:
-            words += f"; look {self.looks} at these pairs: all {self.looks} hold jointly at "
-            words += f"alpha/{self.looks} each only"
+            words += f"; look {self.looks} at these pairs: for all {self.looks} to hold jointly, "
+            words += f"each needs alpha/{self.looks}"
         return words
 
     def recomputed(self) -> float:
@@ -131,21 +137,16 @@ class Certificate:
 
     def as_json(self) -> dict[str, Any]:
         """All but the logits, as a JSON object; what is not finite becomes null."""
-        arrays = {"logits_real", "logits_fake", "clips", "score"}
-        found: dict[str, Any] = {}
-        for field in fields(self):
-            if field.name not in arrays:
-                found[field.name] = _plain(getattr(self, field.name))
+        names = [one.name for one in fields(self) if one.name not in UNWRITTEN]
+        found: dict[str, Any] = {name: _plain(getattr(self, name)) for name in names}
         found |= {"claim": "jsd_lower_bound", "level": self.level, "unit": "nats"}
         found |= {"jsd_bits_lower": self.jsd_bits_lower, "sentence": self.sentence()}
         return found
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The logits, and in prequential mode the clips, float64."""
-        found = {"logits_real": self.logits_real, "logits_fake": self.logits_fake}
-        if self.clips is not None:
-            found["clips"] = self.clips
-        return {name: values.numpy() for name, values in found.items()}
+        found = {name: getattr(self, name) for name in ARRAYS}
+        return {name: values.numpy() for name, values in found.items() if values is not None}
 
     def save(self, path: str | Path) -> Path:
         """Write PATH (.json) and, beside it, the logits (.npz).

@@ -142,7 +142,9 @@ def balanced_loss(network: nn.Module, real: Tensor, fake: Tensor) -> float:
 @torch.no_grad()
 def score(network: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
     """Logits float64, in blocks of rows; (n,) if the network gives one per row."""
-    parts = [network(block).detach().flatten() for block in rows.split(CHUNK)]
+    weights = network.parameters() if isinstance(network, nn.Module) else iter(())
+    device = next(weights, rows).device
+    parts = [network(block.to(device)).detach().flatten() for block in rows.split(CHUNK)]
     return torch.cat(parts).to("cpu", torch.float64)
 
 

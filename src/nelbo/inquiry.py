@@ -20,6 +20,7 @@ from nelbo.jsd import log_e_value, plug_in
 from nelbo.judges import Judge
 from nelbo.looks import Ledger
 from nelbo.randomness import key
+from nelbo.sides import read
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Inquiry:
     """What is asked.
 
     Arguments:
-        alpha, seed, clips, looks, ledger, as_is: see `nelbo.certificate.certify`.
+        alpha, seed, clips, looks, ledger, as_is, fit_fakes: see `nelbo.certificate.certify`.
         judges: the candidates. view: what they see of stored rows. sampler: name of the fakes.
     """
 
@@ -40,6 +41,7 @@ class Inquiry:
     ledger: Ledger | None
     sampler: str
     as_is: bool
+    fit_fakes: int | None
 
     def choose(self, fit: Any, calibration: Any, n: int, block: int = 0) -> Chosen:
         """A classifier, fitted and calibrated for n pairs."""
@@ -74,12 +76,14 @@ def certificate(
     chosen: Chosen,
     logits: tuple[Tensor, Tensor],
     clips: Tensor | None,
+    rows: tuple[Tensor, Tensor],
     **about: Any,
 ) -> Certificate:
     """The certificate that the logits of the pairs give.
 
     Arguments:
         logits: (n,) of reals and of fakes, in the order of the bound. clips: see `Certificate`.
+        rows: (n, *shape) stored rows of both sides, in the same order.
         about: its other fields.
     """
     setting = chosen.setting
@@ -103,9 +107,11 @@ def certificate(
         logits_real=logits[0],
         logits_fake=logits[1],
         clips=clips,
+        rows_real=rows[0],
+        rows_fake=rows[1],
+        discriminator=lambda some: chosen.logits(inquiry.view(read(some, "the rows"), "looking")),
         accuracy=float((logits[0] > 0).double().mean() + (logits[1] <= 0).double().mean()) / 2,
         auc=_auc(*logits),
-        score=lambda rows: chosen.logits(inquiry.view(rows, "score")),
         **about,
     )
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from nelbo.errors import UsageError
 from nelbo.fitting import Schedule, fit_networks
 from nelbo.logistic import fit_logistic
 
@@ -132,6 +133,8 @@ def candidates(
     """The judges to try: the usual ones, or those given, where modules are taken as they are."""
     if given is None:
         return usual(shape)
+    if not given:
+        raise UsageError("no judges: give at least one, or None for the usual ones")
     return tuple(judge if isinstance(judge, Judge) else Fixed(judge) for judge in given)
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from nelbo.randomness import generator
+from nelbo.randomness import generator, seeded
 
 AXES = 48
 """Principal axes kept of rows with more dimensions."""
@@ -35,6 +35,8 @@ WIDTHS = (0.1, 0.2, 0.4, 0.8)
 PENALTIES = (1.0, 0.1, 1e-2, 1e-3, 1e-4)
 NEWTON, CLOSE = 30, 1e-9
 HELD = 4
+MOST_ROWS, MOST_VALUES, WIDE = 20_000, 2**24, 1024
+"""Of one side: rows, and numbers, that a fit reads; dimensions from which axes are approximate."""
 PAIRS = 1000
 
 
@@ -57,7 +59,8 @@ class Features(nn.Module):
         flat = pooled.flatten(1).double()
         shift = flat.mean(0)
         self.register_buffer("shift", shift)
-        self.register_buffer("turn", _axes(flat - shift))
+        with seeded(seed, "axes"):
+            self.register_buffer("turn", _axes(flat - shift))
         x = self._coordinates(pooled)
         draws = generator(seed, "fourier")
         width = _median_distance(x[torch.randperm(len(x), generator=draws)])
@@ -105,6 +108,9 @@ def fit_logistic(real: Tensor, fake: Tensor, fourier: int, seed: int) -> Logisti
         fourier: features at each width.
         seed: of the features and of the part held out to choose the penalty.
     """
+    most = min(MOST_ROWS, max(1000, MOST_VALUES // math.prod(real.shape[1:])))
+    draws = generator(seed, "rows")
+    real, fake = (x[torch.randperm(len(x), generator=draws)[:most]] for x in (real, fake))
     features = Features(torch.cat([real, fake]), fourier, seed)
     f, g = features(real), features(fake)
     both = torch.cat([f, g])
@@ -173,8 +179,12 @@ def _axes(flat: Tensor) -> Tensor:
     if flat.shape[1] <= AXES:
         scale = flat.std(0)
         return torch.diag(1 / torch.where(scale > 1e-12, scale, torch.ones_like(scale)))
-    values, vectors = torch.linalg.eigh(flat.T @ flat / len(flat))
-    values, vectors = values.flip(0)[:AXES], vectors.flip(1)[:, :AXES]
+    if flat.shape[1] > WIDE:
+        _, sizes, vectors = torch.svd_lowrank(flat, q=AXES, niter=4)
+        values = sizes.square() / len(flat)
+    else:
+        values, vectors = torch.linalg.eigh(flat.T @ flat / len(flat))
+        values, vectors = values.flip(0)[:AXES], vectors.flip(1)[:, :AXES]
     turned: Tensor = vectors / values.clamp(min=1e-9 * float(values[0]) + 1e-300).sqrt()
     return turned
 

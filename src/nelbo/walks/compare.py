@@ -119,7 +119,7 @@ def confront(
         "modes": known.counted(held, rows),
         "remark": sandwich.verdict if sandwich else f"no bound: {one.unbounded}",
     }
-    return document, {**certificate.arrays(), **witness.arrays(held, fakes, certificate, options)}
+    return document, {**certificate.arrays(), **witness.arrays(held, certificate)}
 
 
 def _fakes(options: Compare, held: Reals, one: Opponent) -> tuple[Any, Means | None]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from nelbo.commands import Compare
 from nelbo.companions import panel
@@ -85,8 +84,3 @@ def apart(mixture: GaussianMixture) -> bool:
     widths = torch.linalg.eigvalsh(mixture.covariances).sqrt()
     alike = bool((widths - widths[0, 0]).abs().max() < 1e-9 * widths[0, 0])
     return alike and float(torch.pdist(mixture.means).min()) > APART * float(widths[0, 0])
-
-
-def rows_of(fakes: Any, count: int) -> Tensor:
-    """`count` rows of a sampler, or of an array as many as there are."""
-    return fakes[:count] if isinstance(fakes, Tensor) else torch.as_tensor(fakes(count))

@@ -3,47 +3,29 @@ least convincing."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
-from torch import Tensor
 
 from nelbo.certificate import Certificate
-from nelbo.commands import Compare
-from nelbo.randomness import seeded
-from nelbo.walks.measures import rows_of
 from nelbo.walks.opponents import Reals
 
-SIDE, SHOWN, LOOKED_AT, POINTS = 160, 16, 1000, 1000
+SIDE, SHOWN, POINTS = 160, 16, 1000
 
 
 @torch.no_grad()
-def arrays(
-    held: Reals, fakes: Any, certificate: Certificate, options: Compare
-) -> dict[str, np.ndarray]:
-    """The arrays behind the witness picture; none for data of other kinds.
-
-    The samples that are ranked are new ones where the sampler gives them.
-    """
-    with seeded(options.seed, "compare", "witness"):
-        rows = rows_of(fakes, LOOKED_AT)
+def arrays(held: Reals, certificate: Certificate) -> dict[str, np.ndarray]:
+    """The arrays behind the witness picture, from the certificate's own pairs; none for data of
+    other kinds."""
     shape = held.dataset.shape()
     if shape == (2,) and held.dataset.levels is None:
-        return _plane(held, rows, certificate)
-    if len(shape) == 3:
-        return _pictures(rows, _score(certificate, rows))
-    return {}
+        return _plane(certificate)
+    return _pictures(certificate) if len(shape) == 3 else {}
 
 
-def _score(certificate: Certificate, rows: Tensor) -> Tensor:
-    assert certificate.score is not None, "a certificate that was made here, not read"
-    return certificate.score(rows)
-
-
-def _plane(held: Reals, rows: Tensor, certificate: Certificate) -> dict[str, np.ndarray]:
-    real = held.rows[:POINTS].double()
-    both = torch.cat((real, rows.double()))
+def _plane(certificate: Certificate) -> dict[str, np.ndarray]:
+    real, fake, judge = certificate.rows_real, certificate.rows_fake, certificate.discriminator
+    assert real is not None and fake is not None and judge is not None
+    both = torch.cat((real, fake)).double()
     low, high = both.quantile(0.002, 0), both.quantile(0.998, 0)
     margin = 0.15 * (high - low)
     axes = [
@@ -51,18 +33,19 @@ def _plane(held: Reals, rows: Tensor, certificate: Certificate) -> dict[str, np.
         for a, b in zip(low - margin, high + margin, strict=True)
     ]
     y, x = torch.meshgrid(axes[1], axes[0], indexing="ij")
-    points = torch.stack([x.flatten(), y.flatten()], 1)
-    learned = _score(certificate, points).sigmoid().reshape(SIDE, SIDE)
+    learned = judge(torch.stack([x.flatten(), y.flatten()], 1)).sigmoid()
     return {
         "witness_x": axes[0].numpy(),
         "witness_y": axes[1].numpy(),
-        "witness_learned": learned.numpy(),
-        "witness_real": real.numpy(),
-        "witness_fake": rows[:POINTS].double().numpy(),
+        "witness_learned": learned.reshape(SIDE, SIDE).numpy(),
+        "witness_real": real[:POINTS].numpy(),
+        "witness_fake": fake[:POINTS].numpy(),
     }
 
 
-def _pictures(rows: Tensor, logits: Tensor) -> dict[str, np.ndarray]:
+def _pictures(certificate: Certificate) -> dict[str, np.ndarray]:
+    rows, logits = certificate.rows_fake, certificate.logits_fake
+    assert rows is not None
     order = logits.argsort(descending=True)
     best, worst = order[:SHOWN], order[-SHOWN:].flip(0)
     return {
