@@ -13,7 +13,7 @@ import torch
 from tiny import command, silent
 
 from nelbo.claim import recompute
-from nelbo.data.toys import correlated, ring
+from nelbo.data.toys import PLANE, correlated, ring
 from nelbo.errors import InputRefused
 from nelbo.jsd import kappa
 from nelbo.randomness import generator
@@ -36,7 +36,7 @@ def diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def gaussian(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A chain on a correlated Gaussian in three dimensions, hardly trained."""
+    """A chain on a correlated Gaussian in the plane, hardly trained."""
     path = tmp_path_factory.mktemp("compare") / "gaussian"
     code, _, err = silent(
         [
@@ -81,7 +81,7 @@ def compared(*arguments: str) -> dict[str, Any]:
 
 
 def draws(name: str, count: int, shift: float = 0.0, data: Any = None) -> np.ndarray:
-    truth = (data or correlated()).truth
+    truth = (data or correlated(**PLANE)).truth
     assert truth is not None and truth.components is not None
     rows: np.ndarray = truth.components.sample(count, generator(7, name)).numpy() + shift
     return rows
@@ -117,9 +117,9 @@ def test_shifted_samples_are(tmp_path: Path) -> None:
 
 def _shifted_jsd(shift: float) -> float:
     """N(m, C) against N(m + shift 1, C): one dimension along C^-1 1, by the trapezoidal rule."""
-    truth = correlated().truth
+    truth = correlated(**PLANE).truth
     assert truth is not None and truth.components is not None
-    ones = torch.full((3,), shift, dtype=torch.float64)
+    ones = torch.full((2,), shift, dtype=torch.float64)
     apart = float(ones @ torch.linalg.solve(truth.components.covariances[0], ones)) ** 0.5
     x = torch.linspace(-12, 12 + apart, 20_001, dtype=torch.float64)
     p, g = (torch.exp(-((x - m) ** 2) / 2) / math.sqrt(2 * math.pi) for m in (0.0, apart))
@@ -137,7 +137,7 @@ def test_the_looks_at_one_set_of_pairs_are_counted(tmp_path: Path) -> None:
 
 def test_a_function_is_a_sampler(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
-        "import torch\ndef draw(n):\n    return torch.randn(n, 3).double()\n"
+        "import torch\ndef draw(n):\n    return torch.randn(n, 2).double()\n"
     )
     found = compared("gaussian", f"{tmp_path}/mine.py:draw", "--n", "400")
     assert found["fake"]["kind"] == "function" and found["certificate"]["jsd_nats_lower"] > 0
@@ -147,10 +147,10 @@ def test_a_function_is_a_sampler(tmp_path: Path) -> None:
     ("body", "named"),
     [
         ("raise RuntimeError('no luck')", "no luck"),
-        ("return torch.randn(n, 2).double()", "shape"),
-        ("return torch.full((n, 3), 0.3).double()", "constant"),
-        ("return torch.full((n, 3), float('nan'))", "NaN"),
-        ("return torch.randn(4, 3).double().repeat(n, 1)[:n]", "repeats itself"),
+        ("return torch.randn(n, 3).double()", "shape"),
+        ("return torch.full((n, 2), 0.3).double()", "constant"),
+        ("return torch.full((n, 2), float('nan'))", "NaN"),
+        ("return torch.randn(4, 2).double().repeat(n, 1)[:n]", "repeats itself"),
     ],
 )
 def test_a_bad_sampler_is_named(body: str, named: str, tmp_path: Path) -> None:

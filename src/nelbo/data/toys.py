@@ -9,6 +9,7 @@ density that a model is compared with is the finite mixture's own, not an approx
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from nelbo.errors import InputRefused
 from nelbo.randomness import generator
 
 TRAIN, VALIDATION, TEST = 10_000, 1_000, 4_000
+PLANE: dict[str, Any] = {"mean": (0.3, -0.5), "covariance": ((1.0, 0.6), (0.6, 0.8))}
+"""Of `correlated`: two dimensions, where a law can be compared on a lattice."""
 
 
 def swissroll(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nelbo.data.base import Dataset
-from nelbo.data.toys import correlated, grid25, ring, swissroll
+from nelbo.data.toys import PLANE, correlated, grid25, ring, swissroll
 from nelbo.recipes.groups import GaussianData, GridData, RingData, RollData
 
 TEST, VALIDATION = 10_000, 2_000
@@ -23,5 +23,5 @@ def known_law(options: KnownLaw, seed: int) -> Dataset:
         size = {"step": options.spacing, "std": options.std}
         return grid25(many, TEST, seed, n_validation=VALIDATION, side=options.side, **size)
     if isinstance(options, GaussianData):
-        return correlated(many, TEST, seed, n_validation=VALIDATION)
+        return correlated(many, TEST, seed, n_validation=VALIDATION, **PLANE)
     return swissroll(options.examples, seed=seed)

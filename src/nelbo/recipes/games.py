@@ -64,7 +64,7 @@ class SwissRollGame(MixtureGame, RollData):
 
 @dataclass(frozen=True, kw_only=True)
 class GaussianGame(MixtureGame, GaussianData):
-    """One Gaussian with three correlated dimensions: the density is known."""
+    """One Gaussian with two correlated dimensions: the density is known."""
 
     examples: int = 100_000
     latent: int = 3

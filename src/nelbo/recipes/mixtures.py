@@ -55,6 +55,7 @@ class Grid(Mixture, GridData):
 
 @dataclass(frozen=True, kw_only=True)
 class Gaussian(Mixture, GaussianData):
-    """One Gaussian with three correlated dimensions: the entropy is known."""
+    """One Gaussian with two correlated dimensions: the entropy is known."""
 
+    logsnr_max: float = 5.0
     steps: int = 4000

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nelbo.blurred import smoothed
 from nelbo.certificate import Certificate, certify
 from nelbo.commands import Compare
 from nelbo.design import enough
@@ -28,7 +27,7 @@ from nelbo.ladder import ladder
 from nelbo.looks import Ledger
 from nelbo.randomness import seeded
 from nelbo.rundir import default_path
-from nelbo.sandwich import Reference, Sandwich
+from nelbo.sandwich import Sandwich
 from nelbo.walks import known, measures, witness
 from nelbo.walks.chains import Means
 from nelbo.walks.measuring import Request, measure
@@ -193,18 +192,14 @@ def _sandwich(
     """From above by the bound of the very chain that was drawn from; None where there is none."""
     if one.subject is None:
         return None
-    truth, mixture = held.dataset.truth, known.plane(held)
-    reference = None
-    if means is not None and mixture is not None:
-        found = smoothed(means.centres, mixture, means.std)
-        reference = Reference(found.value, found.reach, "by the decoder's means")
+    truth = held.dataset.truth
     return Sandwich(
         lower=certificate.jsd_nats_lower,
         level=certificate.level,
         bound=_bound(options, held, one),
         entropy=None if truth is None else truth.entropy,
         entropy_error=0.0 if truth is None else truth.entropy_error,
-        exact=reference,
+        exact=known.whole(held, means),
     )
 
 

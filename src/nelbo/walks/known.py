@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nelbo.blurred import LEAST, blurred, too_fine
+from nelbo.blurred import LEAST, blurred, smoothed, too_fine
 from nelbo.commands import Compare
 from nelbo.data.mixture import GaussianMixture
 from nelbo.ladder import Rung
 from nelbo.modes import modes
 from nelbo.randomness import seeded
+from nelbo.sandwich import Reference
+from nelbo.walks.chains import Means
 from nelbo.walks.measures import apart
 from nelbo.walks.opponents import Reals
 
@@ -71,6 +73,20 @@ def _blur(held: Reals, rows: Tensor | None, std: float) -> dict[str, Any] | None
 
     found = blurred(next_rows, mixture, std, len(rows))
     return {"sd": std, "jsd_nats": found.value, "error": found.reach, "n": found.n}
+
+
+def whole(held: Reals, means: Means | None) -> Reference | None:
+    """The divergence of a chain from a known law, by the means of its normal decoder.
+
+    None where the decoder is too narrow for a lattice over the law, or the walks are too few.
+    """
+    mixture = plane(held)
+    if means is None or mixture is None or len(means.centres) < LEAST:
+        return None
+    if too_fine(mixture, means.std):
+        return None
+    found = smoothed(means.centres, mixture, means.std)
+    return Reference(found.value, found.reach, "by the decoder's means")
 
 
 def counted(held: Reals, rows: Tensor | None) -> dict[str, Any] | None:

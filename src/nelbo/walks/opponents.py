@@ -39,7 +39,7 @@ BUILT_IN: dict[str, Callable[[], Dataset]] = {
     "swissroll": toys.swissroll,
     "ring": lambda: toys.ring(std=0.01),
     "grid": toys.grid25,
-    "gaussian": toys.correlated,
+    "gaussian": lambda: toys.correlated(**toys.PLANE),
 }
 
 
