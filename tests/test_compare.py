@@ -164,6 +164,9 @@ def test_the_sandwich_of_a_chain(gaussian: Path) -> None:
     sandwich, lower = found["sandwich"], found["certificate"]["jsd_nats_lower"]
     assert found["fake"]["family"] == "diffusion" and "30 latents" in found["fake"]["sampler"]
     assert 0 < lower < sandwich["jsd_nats_upper"] < math.log(2) and sandwich["holds"]
+    exact = sandwich["exact"]
+    assert lower < exact["jsd_nats"] + exact["error"] < 1.5 * exact["jsd_nats"]
+    assert exact["jsd_nats"] < sandwich["jsd_nats_upper"]
     gain = float(kappa(torch.tensor(lower, dtype=torch.float64)))
     assert math.isclose(sandwich["kappa_nats"], gain, rel_tol=1e-9)
     bound = sandwich["bound_nats"]["mean"]
