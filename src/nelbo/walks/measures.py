@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nelbo.commands import Compare
 from nelbo.companions import panel
@@ -14,10 +15,13 @@ from nelbo.extractors import Extractor, Inputs, standardized, whitened
 from nelbo.featurenets import Labelled, classifier, random_network
 from nelbo.interop.modules import opened
 from nelbo.panels import Panel
+from nelbo.randomness import generator
 from nelbo.walks.opponents import Reals
 
 NAMES = ("auto", "raw", "pca", "classifier", "random")
 FEATURES = 32
+FITTED = 0.3
+"""Share of the reals that features are fitted to where there are no others."""
 APART = 6.0
 """Standard deviations between modes that can be counted."""
 MOST_MODES = 100
@@ -34,20 +38,31 @@ def measured(options: Compare, held: Reals, fakes: Any) -> Panel:
     Raises:
         UsageError: features that these data have not.
     """
+    fit, scored = _parted(options, held)
     return panel(
-        held.rows,
+        scored,
         fakes,
-        extractor_of(options, held),
+        extractor_of(options, held, fit),
         seeds=options.seeds,
         seed=options.seed,
         training=held.fit,
     )
 
 
-def extractor_of(options: Compare, held: Reals) -> Extractor:
+def _parted(options: Compare, held: Reals) -> tuple[Tensor, Tensor]:
+    """Reals to which features are fitted, and others, which are scored."""
+    if held.fit is not None:
+        return held.fit, held.rows
+    if held.dataset.truth is not None:
+        return held.dataset.train, held.rows  # the rows are draws of their own
+    order = torch.randperm(len(held.rows), generator=generator(options.seed, "features"))
+    count = round(FITTED * len(held.rows))
+    return held.rows[order[:count]], held.rows[order[count:]]
+
+
+def extractor_of(options: Compare, held: Reals, fit: Tensor) -> Extractor:
     """The features that --features names, fitted to reals that are not scored."""
     dataset, name = held.dataset, options.features
-    fit = held.fit if held.fit is not None else dataset.train
     inputs = Inputs.of(held.rows, dataset.levels)
     if is_module(name):
         return opened(name, inputs, options.weights)

@@ -226,7 +226,8 @@ def _named(options: Compare) -> Dataset:
             f"{options.real}: no such file or folder; give one, the word data (a run's own), or "
             f"one of {known}"
         )
-    return open_path(options.real, size=options.size)
+    found = open_path(options.real, size=options.size)
+    return dataclasses.replace(found, name=Path(options.real).resolve().stem)
 
 
 def _fresh(options: Compare, dataset: Dataset) -> Reals:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ from nelbo import console
 
 Json = dict[str, Any]
 Cell = Callable[[Json], str]
-LONGEST = 18
+LONGEST, WIDTH = 18, 80
 
 
 def lines(documents: list[Json]) -> str:
@@ -154,7 +155,8 @@ def _claims(documents: list[Json], names: list[str]) -> list[str]:
             f"Each claim holds by itself. For all {len(documents)} at once run with --alpha "
             f"{alpha / len(documents):.3g}."
         )
-    return ["\n".join([*said, *whole, *several])]
+    told = [*said, *whole, *several]
+    return ["\n".join(textwrap.fill(text, WIDTH, subsequent_indent="  ") for text in told)]
 
 
 def _pm(mean: float | None, error: float | None) -> str:
