@@ -53,8 +53,8 @@ class Certificate:
         logits_real, logits_fake: (n_pairs,) float64, in the order of the bound.
         clips: (n_pairs,) in prequential mode, else None.
         n_fit, n_calibration: reals in FIT and CAL, dropped: reals of FIT equal to one of C.
-        jsd_nats_two_cells: a second bound on JSD, each true with confidence 1 - alpha, not jointly;
-            None in prequential mode. tv_lower: bound on total variation, from the same cells.
+        jsd_nats_two_cells: a second bound on JSD; each holds with confidence 1 - alpha, not both
+            at once. tv_lower: bound on total variation, from the same cells. None if prequential.
         accuracy, auc: of the logits on the certificate set.
         version: of the program.
         rows_real, rows_fake: (n_pairs, *shape) the certificate set as stored, in the order of the
