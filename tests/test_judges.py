@@ -75,3 +75,13 @@ def test_few_fakes_may_train_and_wide_rows_are_turned_to_few_axes():
     assert torch.equal(found.logits_real, again.logits_real)
     with pytest.raises(UsageError, match="no judges"):
         certify(normal(200), shift(1), judges=[])
+
+
+def test_textures_tell_laws_of_pixels_apart_that_no_mean_and_no_shape_tells():
+    """Uniform noise against clipped normal noise of the same spread, at every pixel alike."""
+
+    def clipped(n: int) -> Tensor:
+        return (74 * torch.randn(n, 1, 8, 8) + 127.5).clamp(0, 255).byte()
+
+    found = certify(image(400), clipped)
+    assert found.jsd_nats_lower > 0.3 and found.classifier == "logistic-texture"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from nelbo.errors import UsageError
 from nelbo.fitting import Schedule, fit_networks
-from nelbo.logistic import fit_logistic
+from nelbo.logistic import Features, Textures, fit_logistic
 
 FEW, MANY = 400, 4000
 """Rows of a side below which fits are short, and from which they are long."""
@@ -53,8 +53,17 @@ class Regression(Judge):
         self.name = f"logistic-fourier-{fourier}" if fourier else "logistic-quadratic"
 
     def fit(self, real: Tensor, fake: Tensor, seed: int) -> nn.Module:
-        rows = min(len(real), len(fake))
-        return fit_logistic(real, fake, min(self.fourier, math.ceil(rows / 6)), seed).eval()
+        waves = min(self.fourier, math.ceil(min(len(real), len(fake)) / 6))
+        return fit_logistic(lambda x: Features(x, waves, seed), real, fake, seed).eval()
+
+
+class Texture(Judge):
+    """Logistic regression on the laws of pixels and of their differences, for images."""
+
+    name = "logistic-texture"
+
+    def fit(self, real: Tensor, fake: Tensor, seed: int) -> nn.Module:
+        return fit_logistic(Textures, real, fake, seed).eval()
 
 
 class Perceptron(Judge):
@@ -123,7 +132,7 @@ class _Called(nn.Module):
 def usual(shape: Sequence[int]) -> tuple[Judge, ...]:
     """The candidates for rows of a shape: images (C, H, W), or vectors, bits and levels (D,)."""
     if len(shape) == 3 and min(shape[1:]) >= 4:
-        return Regression(0), Regression(100), Convolutional()
+        return Regression(0), Regression(100), Texture(), Convolutional()
     return Regression(0), Regression(100), Perceptron()
 
 

@@ -18,6 +18,7 @@ References:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ AXES = 48
 PRODUCTS = 16
 """Most dimensions of which all products are features."""
 FAR = 8.0
+TONES = (0.5, 1.0, 2.0, 4.0)
 WIDTHS = (0.1, 0.2, 0.4, 0.8)
 """Of the Fourier features, in median distances between rows."""
 PENALTIES = (1.0, 0.1, 1e-2, 1e-3, 1e-4)
@@ -80,6 +82,33 @@ class Features(nn.Module):
         return ((rows.flatten(1).double() - self.shift) @ self.turn).clamp(-FAR, FAR)
 
 
+class Textures(nn.Module):
+    """Images (B, C, H, W) -> (B, k) float64: the laws of pixels and of their differences.
+
+    Means over the image of cos(w u) and sin(w u), which are the characteristic function of u at a
+    few w, u being the values of a channel and its steps along rows and along columns.
+
+    Arguments:
+        pooled: (n, C, H, W) images of both sides that set the scale.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, pooled: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("shift", pooled.double().mean((0, 2, 3))[:, None, None])
+        self.register_buffer("scale", _safe(pooled.double().std((0, 2, 3)))[:, None, None])
+
+    def forward(self, rows: Tensor) -> Tensor:
+        x = (rows.double() - self.shift) / self.scale
+        fields = (x, x.diff(dim=2), x.diff(dim=3))
+        waves = [
+            f(w * u).mean((2, 3)) for u in fields for w in TONES for f in (torch.cos, torch.sin)
+        ]
+        return torch.cat(waves, 1)
+
+
 class Logistic(nn.Module):
     """Logits (B,) linear in the standardised features: s = w^T (f(x) - mean)/scale + b."""
 
@@ -87,7 +116,7 @@ class Logistic(nn.Module):
     scale: Tensor
     weights: Tensor
 
-    def __init__(self, features: Features, mean: Tensor, scale: Tensor, weights: Tensor) -> None:
+    def __init__(self, features: nn.Module, mean: Tensor, scale: Tensor, weights: Tensor) -> None:
         super().__init__()
         self.features = features
         self.register_buffer("mean", mean)
@@ -100,22 +129,23 @@ class Logistic(nn.Module):
         return logits
 
 
-def fit_logistic(real: Tensor, fake: Tensor, fourier: int, seed: int) -> Logistic:
+def fit_logistic(
+    make: Callable[[Tensor], nn.Module], real: Tensor, fake: Tensor, seed: int
+) -> Logistic:
     """The regression of "real" on the features.
 
     Arguments:
+        make: makes the features, (B, *shape) -> (B, k) float64, for the scale of pooled rows.
         real: (n, *shape) and fake: (m, *shape) rows, in any order.
-        fourier: features at each width.
-        seed: of the features and of the part held out to choose the penalty.
+        seed: of the rows that are read, and of the part held out to choose the penalty.
     """
     most = min(MOST_ROWS, max(1000, MOST_VALUES // math.prod(real.shape[1:])))
     draws = generator(seed, "rows")
     real, fake = (x[torch.randperm(len(x), generator=draws)[:most]] for x in (real, fake))
-    features = Features(torch.cat([real, fake]), fourier, seed)
+    features = make(torch.cat([real, fake]))
     f, g = features(real), features(fake)
     both = torch.cat([f, g])
-    mean, scale = both.mean(0), both.std(0)
-    scale = torch.where(scale > 1e-9, scale, torch.ones_like(scale))
+    mean, scale = both.mean(0), _safe(both.std(0))
     f, g = ((x - mean) / scale for x in (f, g))
     f, g = (_with_one(x) for x in (f, g))
     draws = generator(seed, "penalty")
@@ -177,8 +207,7 @@ def newton(f: Tensor, g: Tensor, penalty: float, start: Tensor) -> Tensor:
 def _axes(flat: Tensor) -> Tensor:
     """(D, k): standardises, or turns to the leading principal axes of unit variance."""
     if flat.shape[1] <= AXES:
-        scale = flat.std(0)
-        return torch.diag(1 / torch.where(scale > 1e-12, scale, torch.ones_like(scale)))
+        return torch.diag(1 / _safe(flat.std(0)))
     if flat.shape[1] > WIDE:
         _, sizes, vectors = torch.svd_lowrank(flat, q=AXES, niter=4)
         values = sizes.square() / len(flat)
@@ -187,6 +216,11 @@ def _axes(flat: Tensor) -> Tensor:
         values, vectors = values.flip(0)[:AXES], vectors.flip(1)[:, :AXES]
     turned: Tensor = vectors / values.clamp(min=1e-9 * float(values[0]) + 1e-300).sqrt()
     return turned
+
+
+def _safe(scale: Tensor) -> Tensor:
+    """Constant dimensions keep their scale."""
+    return torch.where(scale > 1e-9, scale, torch.ones_like(scale))
 
 
 def _products(x: Tensor) -> Tensor:
