@@ -42,13 +42,14 @@ from nelbo.recipes.games import (
     VectorsGame,
 )
 from nelbo.recipes.groups import GameOptions
+from nelbo.scores import multiscale_mmd2, sliced_wasserstein
 from nelbo.trainer import Trainer
-from nelbo.walks.play import sliced, trainer_of
+from nelbo.walks.play import trainer_of
 from nelbo.walks.played import open_game
 
 TINY = [
     *("--steps", "12", "--batch", "16", "--save-every", "4", "--validate-every", "6"),
-    *("--samples", "4", "--threads", "1", "--latent", "4"),
+    *("--samples", "4", "--threads", "1", "--latent", "4", "--no-compare"),
 ]
 TOY = [*TINY, "--width", "8", "--depth", "1", "--directions", "4", "--examples", "400"]
 GROUPS = {
@@ -84,7 +85,7 @@ def game(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished game of digits, with its report; tests may add samples, and change nothing."""
     path = tmp_path_factory.mktemp("games") / "digits"
     out, err = ran(digits(path))
-    assert "6 of 12 steps: sliced Wasserstein to validation" in err
+    assert "6 of 12 steps: validation: MMD^2" in err and "sliced Wasserstein" in err
     assert "JSD (training D, not certified)" in err and "samples.png" in out and "report: " in out
     return path
 
@@ -269,7 +270,7 @@ def test_the_directory(game: Path) -> None:
     for step, path in steps(game / "checkpoints"):
         assert load(path).tensors.keys() == GROUPS and step in (6, 8, 12)
     rows = [json.loads(line) for line in (game / "metrics.jsonl").read_text().splitlines()]
-    looks = [row for row in rows if "sliced_wasserstein" in row]
+    looks = [row for row in rows if {"sliced_wasserstein", "mmd2"} <= row.keys()]
     assert [row["step"] for row in looks] == [6, 12]
     names = {"loss", "loss_discriminator", "jsd_plugin", "grad_norm", "grad_norm_discriminator"}
     losses = [row for row in rows if "loss" in row]
@@ -296,8 +297,40 @@ def test_the_distance_of_the_validation() -> None:
     """A shift by m in one of k dimensions is m² on average over directions, divided by k."""
     x = torch.randn(500, 4, generator=torch.Generator().manual_seed(0))
     move = torch.tensor([3.0, 0, 0, 0])
-    assert sliced(x, x[torch.randperm(500)]) == pytest.approx(0, abs=1e-12)
-    assert sliced(x, x + move) == pytest.approx(9 / 4, rel=0.2)  # 256 directions: sd 6 %
+    assert sliced_wasserstein(x, x[torch.randperm(500)]) == pytest.approx(0, abs=1e-12)
+    assert sliced_wasserstein(x, x + move) == pytest.approx(
+        9 / 4, rel=0.2
+    )  # 256 directions: sd 6 %
+
+
+def test_the_discrepancy_by_hand() -> None:
+    """Two points at distance 1: across, the distances are 0, 1, 1, 0, with four kernels each."""
+    two = torch.tensor([[0.0], [1.0]])
+    within = sum(math.exp(-(16.0**k) / 2) for k in range(4))
+    assert multiscale_mmd2(two, two, 1.0) == pytest.approx(
+        2 * within - 2 * (2 * 4 + 2 * within) / 4
+    )
+
+
+def test_the_discrepancy_sees_the_width_of_modes() -> None:
+    """25 modes three times too wide: how far above the noise of one law each figure puts them."""
+    draws = torch.Generator().manual_seed(0)
+
+    def rows(std: float) -> Tensor:
+        places = torch.randint(0, 5, (600, 2), generator=draws).double() / 2
+        return places + std * torch.randn(600, 2, generator=draws, dtype=torch.float64)
+
+    figures = {"mmd2": lambda x, y: multiscale_mmd2(x, y, 1.0), "sliced": sliced_wasserstein}
+    clear = {}
+    for name, figure in figures.items():
+        same, wide = (
+            torch.tensor([figure(rows(0.02), rows(std)) for _ in range(12)])
+            for std in (0.02, 0.06)
+        )
+        clear[name] = float((wide.mean() - same.mean()) / same.std())
+        if name == "mmd2":  # it is unbiased
+            assert abs(float(same.mean())) < 6 * float(same.std()) / math.sqrt(12)
+    assert clear["mmd2"] > 4 > clear["sliced"], clear
 
 
 # --- sampling ------------------------------------------------------------------------------------

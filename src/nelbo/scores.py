@@ -28,6 +28,7 @@ from nelbo.randomness import generator
 
 BLOCK = 2048
 TIE = 1e-12
+SCALES = 4
 """Statistics of permutations this close count as equal: the sums are rounded in another order."""
 
 
@@ -215,3 +216,25 @@ def pair(real: Tensor, fake: Tensor, least: int) -> tuple[Tensor, Tensor]:
             "from one extractor"
         )
     return real.double(), fake.double()
+
+
+def multiscale_mmd2(real: Tensor, fake: Tensor, widest: float) -> float:
+    """Unbiased squared mean discrepancy under a sum of Gaussian kernels; it may be negative.
+
+    Arguments:
+        real, fake: (n, k) and (m, k).
+        widest: standard deviation of the widest of the kernel's SCALES Gaussians; each other is a
+            quarter of the one before.
+    References:
+        Gretton et al. 2012, A kernel two-sample test, eq. 3.
+    """
+    x, y = pair(real, fake, 2)
+    within = [torch.cdist(rows, rows) for rows in (x, y)]
+    scales = [widest / 4**k for k in range(SCALES)]
+
+    def total(distance: Tensor) -> float:
+        return math.fsum(float((-((distance / h) ** 2) / 2).exp().sum()) for h in scales)
+
+    pairs = [(total(d) - SCALES * len(d)) / (len(d) * (len(d) - 1)) for d in within]
+    across = torch.cdist(x, y)
+    return sum(pairs) - 2 * total(across) / across.numel()
