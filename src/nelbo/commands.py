@@ -71,7 +71,7 @@ class Evaluate:
     progressive: bool = False
     """Instead: rate and distortion of progressive coding, from about 64 (or --calls) calls."""
     checkpoint: str = "newest"
-    """newest, best (by validation bound), or a step."""
+    """newest, best (by its validation), or a step."""
     ode: bool = False
     """Instead of the bound the likelihood of the probability-flow ODE, which is another model."""
     tolerance: float = 1e-5
@@ -160,7 +160,7 @@ class Sample:
     """New folder for the picture and the array; RUN/samples/NAME by default, samples/NAME here for
     a checkpoint of another code base."""
     checkpoint: str = "newest"
-    """newest, best (by validation bound), or a step."""
+    """newest, best (by its validation), or a step."""
     seed: int = 0
     """Of the noise."""
     elsewhere: Annotated[Elsewhere, tyro.conf.arg(name="")] = Elsewhere()
@@ -244,7 +244,7 @@ class Export:
     to: Literal["diffusers"] = "diffusers"
     """Which library: its DDPMPipeline.from_pretrained loads the folder."""
     checkpoint: str = "newest"
-    """newest, best (by validation bound), or a step."""
+    """newest, best (by its validation), or a step."""
     json: bool = False
     """Print one JSON document."""
 
