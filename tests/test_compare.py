@@ -12,11 +12,14 @@ import pytest
 import torch
 from tiny import command, silent
 
+from nelbo.certificate import certify
 from nelbo.claim import recompute
 from nelbo.data.toys import PLANE, correlated, ring
 from nelbo.errors import InputRefused
 from nelbo.jsd import kappa
 from nelbo.randomness import generator
+from nelbo.walks.chains import Means
+from nelbo.walks.opponents import run_sampler
 
 QUICK = ("--no-metrics", "--ladder", "--quiet", "--threads", "1")
 
@@ -261,3 +264,25 @@ def test_an_out_that_exists_is_not_touched(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", draws("a", 900))
     code, _, err = silent(["compare", "gaussian", str(tmp_path / "a.npy"), "--out", str(tmp_path)])
     assert code == 2 and "not overwritten" in err
+
+
+def test_a_run_as_a_sampler_for_certify(gaussian: Path, diffusion: Path) -> None:
+    truth = correlated(**PLANE).truth
+    assert truth is not None and truth.components is not None
+    real = truth.components.sample(600, generator(1, "real"))
+    found = certify(real, run_sampler(gaussian))
+    assert found.n_pairs == 270 and found.jsd_nats_lower < _shifted_jsd(1.0)
+    rows = run_sampler(diffusion)(3)
+    assert rows.shape == (3, 1, 8, 8) and rows.dtype == torch.uint8
+    with pytest.raises(InputRefused, match="run_sampler"):
+        certify(real, gaussian)
+
+
+def test_the_law_of_blurred_centres_is_a_density() -> None:
+    centres = torch.tensor([[0.0, 0.0], [1.0, -0.5]], dtype=torch.float64)
+    axis = torch.linspace(-3, 4, 400, dtype=torch.float64)
+    points = torch.cartesian_prod(axis, axis)
+    density = Means(centres, 0.2).log_prob(points).exp()
+    assert math.isclose(float(density.sum()) * float(axis[1] - axis[0]) ** 2, 1, rel_tol=1e-9)
+    (one,) = Means(centres[:1], 0.2).log_prob(centres[1:]).tolist()
+    assert math.isclose(one, -math.log(2 * math.pi * 0.04) - 1.25 / 0.08, rel_tol=1e-12)

@@ -189,6 +189,11 @@ def fakes(sampler: Sampler | Source | Fakes, seed: int, name: str | None = None)
     """
     if isinstance(sampler, Fakes):
         return sampler
+    if isinstance(sampler, Path | str) and (Path(sampler) / "recipe.json").is_file():
+        raise InputRefused(
+            f"{sampler} is a run: give nelbo.walks.opponents.run_sampler({str(sampler)!r}), or "
+            "type nelbo compare"
+        )
     if isinstance(sampler, Tensor | np.ndarray | Path | str):
         return Stored(sampler, seed, name)
     if not callable(sampler):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from nelbo.recipes.recipe import Subject
 from nelbo.reverse import Reverse
 from nelbo.samplers import Ancestral, Sampler, State, sample
 
-CHUNK = 1024
+CHUNK, BLOCK = 1024, 512
 
 
 def draws(subject: Subject, way: Sampler, device: str, quiet: bool) -> Callable[[int], Tensor]:
@@ -47,6 +48,16 @@ class Means:
 
     centres: Tensor
     std: float
+
+    def log_prob(self, points: Tensor) -> Tensor:
+        """(B, D) -> (B,) nats: log of the mean of the normal densities around all centres."""
+        scale = self.std * math.sqrt(2 * math.pi)
+        constant = math.log(len(self.centres)) + self.centres.shape[1] * math.log(scale)
+        parts = [
+            (-0.5 * (torch.cdist(some, self.centres) / self.std) ** 2).logsumexp(1)
+            for some in points.double().split(BLOCK)
+        ]
+        return torch.cat(parts) - constant
 
 
 class _Last(Sampler):

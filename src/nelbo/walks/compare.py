@@ -118,7 +118,7 @@ def confront(
         "modes": known.counted(held, rows),
         "remark": sandwich.verdict if sandwich else f"no bound: {one.unbounded}",
     }
-    return document, {**certificate.arrays(), **witness.arrays(held, certificate)}
+    return document, {**certificate.arrays(), **witness.arrays(held, certificate, means)}
 
 
 def _fakes(options: Compare, held: Reals, one: Opponent) -> tuple[Any, Means | None]:

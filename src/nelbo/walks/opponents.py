@@ -103,6 +103,24 @@ def opponents(options: Compare, device: str) -> list[Opponent]:
     return [dataclasses.replace(o, name=n) for o, n in zip(found, numbered, strict=True)]
 
 
+def run_sampler(
+    path: Path | str, checkpoint: str = "newest", device: str = "cpu"
+) -> Callable[[int], Tensor]:
+    """n -> (n, *shape) stored rows of a run of either family, for `nelbo.certificate.certify`.
+
+    A diffusion model is walked over its own grid, decoder included: the law that its bound
+    describes. Draws come from torch's global generator.
+
+    Raises:
+        InputRefused: no run, no valid checkpoint, or data that changed.
+    """
+    options = Compare(real=OWN, fakes=(str(path),), checkpoint=checkpoint, quiet=True)
+    found = _opponent(options, Path(path), device).fakes
+    if isinstance(found, Tensor):
+        raise InputRefused(f"{path}: holds samples, not a run; pass the path itself to certify")
+    return found
+
+
 def _opponent(options: Compare, path: Path, device: str) -> Opponent:
     if ":" in path.name and path.name.partition(":")[0].endswith(".py"):
         return Opponent(path.name, "function", "none", _function(path), unbounded="a function")
@@ -212,7 +230,8 @@ def reals(options: Compare, against: list[Opponent]) -> Reals:
         return _fresh(options, dataset)
     if not own:
         rows = dataset.all
-        return Reals(dataset.name, dataset, rows, None, f"all {len(rows)} rows")
+        unseen = ", taken to be unseen by the runs" if datasets else ""
+        return Reals(dataset.name, dataset, rows, None, f"all {len(rows)} rows{unseen}")
     fit = torch.cat((dataset.train, dataset.validation))
     return Reals(dataset.name, dataset, dataset.test, fit, f"test part, {len(dataset.test)} rows")
 

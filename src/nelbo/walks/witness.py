@@ -7,22 +7,27 @@ import numpy as np
 import torch
 
 from nelbo.certificate import Certificate
+from nelbo.walks.chains import Means
+from nelbo.walks.known import plane
 from nelbo.walks.opponents import Reals
 
 SIDE, SHOWN, POINTS = 160, 16, 1000
 
 
 @torch.no_grad()
-def arrays(held: Reals, certificate: Certificate) -> dict[str, np.ndarray]:
-    """The arrays behind the witness picture, from the certificate's own pairs; none for data of
-    other kinds."""
+def arrays(held: Reals, certificate: Certificate, means: Means | None) -> dict[str, np.ndarray]:
+    """The arrays behind the witness picture, from the certificate's own pairs.
+
+    None for data of other kinds. The optimal D stands beside the learned one where both laws are
+    known.
+    """
     shape = held.dataset.shape()
     if shape == (2,) and held.dataset.levels is None:
-        return _plane(certificate)
+        return _plane(held, certificate, means)
     return _pictures(certificate) if len(shape) == 3 else {}
 
 
-def _plane(certificate: Certificate) -> dict[str, np.ndarray]:
+def _plane(held: Reals, certificate: Certificate, means: Means | None) -> dict[str, np.ndarray]:
     real, fake, judge = certificate.rows_real, certificate.rows_fake, certificate.discriminator
     assert real is not None and fake is not None and judge is not None
     both = torch.cat((real, fake)).double()
@@ -33,8 +38,14 @@ def _plane(certificate: Certificate) -> dict[str, np.ndarray]:
         for a, b in zip(low - margin, high + margin, strict=True)
     ]
     y, x = torch.meshgrid(axes[1], axes[0], indexing="ij")
-    learned = judge(torch.stack([x.flatten(), y.flatten()], 1)).sigmoid()
+    points = torch.stack([x.flatten(), y.flatten()], 1)
+    learned = judge(points).sigmoid()
+    mixture, known = plane(held), {}
+    if mixture is not None and means is not None:
+        best = (mixture.log_prob(points) - means.log_prob(points)).sigmoid()
+        known = {"witness_optimal": best.reshape(SIDE, SIDE).numpy()}
     return {
+        **known,
         "witness_x": axes[0].numpy(),
         "witness_y": axes[1].numpy(),
         "witness_learned": learned.reshape(SIDE, SIDE).numpy(),
