@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nelbo.errors import InputRefused, NumericalFailure
-from nelbo.estimate import Estimate
+from nelbo.estimate import Estimate, at_least, at_most
 
 
 def _draw(seed: int, *shape: int) -> Tensor:
@@ -192,3 +192,9 @@ def test_printing(mean: float, se: float, text: str) -> None:
 def test_json() -> None:
     found = json.loads(json.dumps(Estimate(1.5, 0.25, math.nan, 7).as_json(), allow_nan=False))
     assert found == {"mean": 1.5, "se": 0.25, "se_mc": None, "n": 7, "unit": "nats/example"}
+
+
+def test_bounds_are_rounded_to_the_side_that_claims_less() -> None:
+    assert at_least(0.00998, 3) == "0.009" and at_most(0.00901, 3) == "0.010"
+    assert at_least(0.5, 4) == "0.5000" == at_most(0.5, 4)
+    assert at_least(0.1 + 0.2, 1) == "0.3" == at_most(0.1 + 0.2, 1)  # rounding of the sum aside

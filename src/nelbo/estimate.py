@@ -40,6 +40,18 @@ def student95(freedom: float) -> float:
     return z + first + second + third
 
 
+def at_least(value: float, digits: int = 4) -> str:
+    """A lower bound as text, rounded down: no more is claimed than was found."""
+    scale = 10.0**digits
+    return f"{math.floor(value * scale + 1e-9) / scale:.{digits}f}"
+
+
+def at_most(value: float, digits: int = 4) -> str:
+    """An upper bound as text, rounded up."""
+    scale = 10.0**digits
+    return f"{math.ceil(value * scale - 1e-9) / scale:.{digits}f}"
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A mean over n examples, its standard errors, and its unit."""

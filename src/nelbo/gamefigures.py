@@ -18,6 +18,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
+from nelbo.estimate import at_least, at_most
 from nelbo.figures import (
     BLUE,
     DPI,
@@ -145,12 +146,12 @@ def sandwich(
     Returns:
         PNG.
     """
-    rows = [("certified from below", lower, LOG2, f"≥ {lower:.4f}")]
+    rows = [("certified from below", lower, LOG2, f"≥ {at_least(lower)}")]
     name, value = known
     if value is not None:
         rows.append((name, value, value, f"{value:.4f}"))
     if upper is not None:
-        rows.append(("bound from above", 0.0, upper, f"≤ {upper:.4f}"))
+        rows.append(("bound from above", 0.0, upper, f"≤ {at_most(upper)}"))
     narrow = width <= NARROW
     figure, axes = canvas(width, 0.7 + len(rows) * (0.52 if narrow else 0.38))
     axes.axvspan(lower, LOG2 if upper is None else upper, color=SKY, alpha=0.22, lw=0)

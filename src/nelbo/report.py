@@ -32,6 +32,7 @@ from nelbo import (
     wording,
 )
 from nelbo.errors import InputRefused
+from nelbo.estimate import at_least, at_most
 from nelbo.files import exhausted, hidden, write_file
 from nelbo.runfiles import Array, Json, Run, load
 from nelbo.shown import Picture, both
@@ -209,7 +210,7 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     filters = (wording.shown, wording.noise, wording.flat, wording.duration, wording.nats,
-               wording.spread)  # fmt: skip
+               wording.spread, at_least, at_most)  # fmt: skip
     environment.filters.update({f.__name__: f for f in filters}, uri=_uri, rejection=_rejection)
     return environment
 

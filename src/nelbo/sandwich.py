@@ -25,7 +25,7 @@ from functools import cached_property
 import torch
 
 from nelbo.console import table
-from nelbo.estimate import NATS, Estimate
+from nelbo.estimate import NATS, Estimate, at_least, at_most
 from nelbo.jsd import kappa, phi
 
 ONE_SIDED95 = 1.644854
@@ -120,7 +120,7 @@ class Sandwich:
         if faults := self._faults():
             return "a bug: " + "; ".join(faults) + f". {self._chance()}"
         if self.upper is not None:
-            return f"holds: {self.lower:.4f} <= {self.upper:.4f} nats."
+            return f"holds: {at_least(self.lower)} <= {at_most(self.upper)} nats."
         if self.bound is not None and self.entropy is not None:
             return "the error of the bound is not known: nothing bounds JSD from above."
         if self.bound is not None:
@@ -132,11 +132,15 @@ class Sandwich:
         if self.gap is not None and self.gap < 0:
             faults.append(f"the bound lies {-self.gap:.4g} nats below the entropy of the data")
         elif upper is not None and self.lower > upper:
-            faults.append(f"JSD >= {self.lower:.4f} and JSD <= {upper:.4f} nats contradict")
+            faults.append(
+                f"JSD >= {at_least(self.lower)} and JSD <= {at_most(upper)} nats contradict"
+            )
         if exact is not None and not exact.blurred and self.lower > exact.jsd_nats + exact.error:
-            faults.append(f"JSD >= {self.lower:.4f} was certified, and it is {exact.jsd_nats:.4f}")
+            faults.append(
+                f"JSD >= {at_least(self.lower)} was certified, and it is {exact.jsd_nats:.4f}"
+            )
         if exact is not None and upper is not None and exact.jsd_nats - exact.error > upper:
-            faults.append(f"JSD <= {upper:.4f} was found, and it is {exact.jsd_nats:.4f}")
+            faults.append(f"JSD <= {at_most(upper)} was found, and it is {exact.jsd_nats:.4f}")
         return faults
 
     def _chance(self) -> str:
@@ -171,18 +175,22 @@ class Sandwich:
     def rows(self) -> list[list[str]]:
         """Name, value and confidence of every line of the table."""
         sure = f"{100 * self.level:.3g} %"
-        rows = [["JSD from below, certified", f">= {self.lower:.4f}", sure]]
+        rows = [["JSD from below, certified", f">= {at_least(self.lower)}", sure]]
         if self.exact is not None:
             rows.append([f"JSD, {self.exact.what}", _known(self.exact), "exact"])
         if self.upper is not None:
             rows.append(
-                ["JSD from above, phi(exp(H - bound))", f"<= {self.upper:.4f}", "95 %, asymptotic"]
+                [
+                    "JSD from above, phi(exp(H - bound))",
+                    f"<= {at_most(self.upper)}",
+                    "95 %, asymptotic",
+                ]
             )
         if self.bound is not None:
             rows.append(["bound E L", _short(self.bound), "± se"])
         if self.entropy is not None:
             rows.append(["entropy H of the data", f"{self.entropy:.4f}", "exact"])
-        rows.append(["kappa: KL(p || g) from below", f">= {self.kappa:.4f}", sure])
+        rows.append(["kappa: KL(p || g) from below", f">= {at_least(self.kappa)}", sure])
         if self.entropy_upper is not None:
             rows.append(["so H <= bound - kappa", f"<= {_short(self.entropy_upper)}", "± se"])
         return rows

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nelbo import console
+from nelbo.estimate import at_least, at_most
 
 Json = dict[str, Any]
 Cell = Callable[[Json], str]
@@ -56,7 +57,7 @@ def _certificate(documents: list[Json]) -> list[list[str]]:
 
 
 def _lower(certificate: Json) -> str:
-    return f"{certificate['jsd_nats_lower']:.4f}"
+    return at_least(certificate["jsd_nats_lower"])
 
 
 def _ladder(documents: list[Json]) -> list[list[str]]:
@@ -69,30 +70,29 @@ def _ladder(documents: list[Json]) -> list[list[str]]:
 
 def _rung(rung: Json) -> str:
     exact = "" if rung["exact"] is None else f" (exact {rung['exact']:.4f})"
-    return f"{rung['certificate']['jsd_nats_lower']:.4f}{exact}"
+    return f"{at_least(rung['certificate']['jsd_nats_lower'])}{exact}"
 
 
 def _sandwich(documents: list[Json]) -> list[list[str]]:
     if not any(d["sandwich"] for d in documents):
         return []
 
-    def of(name: str, digits: int = 4) -> Cell:
+    def of(name: str, show: Callable[[float], str] = "{:.4f}".format) -> Cell:
         def cell(document: Json) -> str:
             value = (document["sandwich"] or {}).get(name)
             if isinstance(value, dict):
                 mean = value.get("mean", value.get("jsd_nats"))
-                error = value.get("se", value.get("error"))
-                return f"{mean:.{digits}f}" if error is None else _pm(mean, error)
-            return "" if value is None else f"{value:.{digits}f}"
+                return _pm(mean, value.get("se", value.get("error")))
+            return "" if value is None else show(value)
 
         return cell
 
     named = {
-        "JSD <= (bound and entropy)": of("jsd_nats_upper"),
+        "JSD <= (bound and entropy)": of("jsd_nats_upper", at_most),
         "  exact JSD": of("exact"),
         "  bound, nats/example": of("bound_nats"),
         "  entropy H, nats/example": of("entropy_nats"),
-        "  kappa: bound - H is at least": of("kappa_nats"),
+        "  kappa: bound - H is at least": of("kappa_nats", at_least),
         "  so H is at most": of("entropy_upper_nats"),
     }
     rows = [_row(label, documents, cell) for label, cell in named.items()]
