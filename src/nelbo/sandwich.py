@@ -129,16 +129,13 @@ class Sandwich:
 
     def _faults(self) -> list[str]:
         faults, upper, exact = [], self.upper, self.exact
+        above = at_least(self.lower)
         if self.gap is not None and self.gap < 0:
             faults.append(f"the bound lies {-self.gap:.4g} nats below the entropy of the data")
         elif upper is not None and self.lower > upper:
-            faults.append(
-                f"JSD >= {at_least(self.lower)} and JSD <= {at_most(upper)} nats contradict"
-            )
+            faults.append(f"JSD >= {above} and JSD <= {at_most(upper)} nats contradict")
         if exact is not None and not exact.blurred and self.lower > exact.jsd_nats + exact.error:
-            faults.append(
-                f"JSD >= {at_least(self.lower)} was certified, and it is {exact.jsd_nats:.4f}"
-            )
+            faults.append(f"JSD >= {above} was certified, and it is {exact.jsd_nats:.4f}")
         if exact is not None and upper is not None and exact.jsd_nats - exact.error > upper:
             faults.append(f"JSD <= {at_most(upper)} was found, and it is {exact.jsd_nats:.4f}")
         return faults
@@ -179,13 +176,8 @@ class Sandwich:
         if self.exact is not None:
             rows.append([f"JSD, {self.exact.what}", _known(self.exact), "exact"])
         if self.upper is not None:
-            rows.append(
-                [
-                    "JSD from above, phi(exp(H - bound))",
-                    f"<= {at_most(self.upper)}",
-                    "95 %, asymptotic",
-                ]
-            )
+            upper = f"<= {at_most(self.upper)}"
+            rows.append(["JSD from above, phi(exp(H - bound))", upper, "95 %, asymptotic"])
         if self.bound is not None:
             rows.append(["bound E L", _short(self.bound), "± se"])
         if self.entropy is not None:
