@@ -180,8 +180,8 @@ class Compare:
     """A certified lower bound on the Jensen-Shannon divergence between data and samples."""
 
     real: tyro.conf.Positional[str]
-    """Data: a path; digits, swissroll, ring, grid or gaussian; or the word data, for a run's own
-    (its test part, which it was not trained on)."""
+    """Data: digits, swissroll, ring, grid or gaussian; a path (of a folder called digits: ./digits);
+    or the word data, for a run's own (its test part, which it was not trained on)."""
     fakes: tyro.conf.Positional[tuple[str, ...]]
     """Run directories, checkpoints of other code bases, files or folders of samples, or
     FILE.py:FUNCTION with n -> (n, ...)."""

@@ -237,8 +237,10 @@ def reals(options: Compare, against: list[Opponent]) -> Reals:
 
 
 def _named(options: Compare) -> Dataset:
-    if options.real in BUILT_IN and not Path(options.real).exists():
+    if options.real in BUILT_IN:  # a folder of that name is ./digits
         return BUILT_IN[options.real]()
+    if (Path(options.real) / "recipe.json").is_file():
+        raise UsageError(f"{options.real} is a run: for its data type the word data instead")
     if not Path(options.real).exists():
         known = ", ".join(BUILT_IN)
         raise UsageError(
