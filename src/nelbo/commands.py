@@ -180,7 +180,7 @@ class Compare:
     """A certified lower bound on the Jensen-Shannon divergence between data and samples."""
 
     real: tyro.conf.Positional[str]
-    """Data: digits, swissroll, ring, grid or gaussian; a path (of a folder called digits: ./digits);
+    """Data: digits, swissroll, ring, grid or gaussian; a path (./digits, if a folder has that name);
     or the word data, for a run's own (its test part, which it was not trained on)."""
     fakes: tyro.conf.Positional[tuple[str, ...]]
     """Run directories, checkpoints of other code bases, files or folders of samples, or
