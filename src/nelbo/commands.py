@@ -180,7 +180,7 @@ class Compare:
     """A certified lower bound on the Jensen-Shannon divergence between data and samples."""
 
     real: tyro.conf.Positional[str]
-    """Data: digits, swissroll, ring, grid or gaussian; a path (./digits, if a folder has that name);
+    """Data: digits, swissroll, ring, grid or gaussian; a path (./digits: a folder of that name);
     or the word data, for a run's own (its test part, which it was not trained on)."""
     fakes: tyro.conf.Positional[tuple[str, ...]]
     """Run directories, checkpoints of other code bases, files or folders of samples, or
@@ -189,6 +189,9 @@ class Compare:
     """Probability with which a certificate may be wrong."""
     n: int | None = None
     """At most so many pairs in the certificate; 5,000 of data drawn from a known law."""
+    draws: int | None = None
+    """Samples drawn of a diffusion model; by default twice as many as data are held out. More of
+    them train better classifiers."""
     mode: Literal["split", "prequential"] = "split"
     """Hold a part of the data out, or (for few data) bet on one block after the other."""
     ladder: tuple[float, ...] = (6.0, 3.0, 0.0, -3.0)

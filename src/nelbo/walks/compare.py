@@ -128,7 +128,8 @@ def _fakes(options: Compare, held: Reals, one: Opponent) -> tuple[Any, Means | N
     """
     if one.family != "diffusion":
         return one.fakes, None
-    count = len(held.rows) if held.fit is None else 2 * _used(options, held)
+    usual = len(held.rows) if held.fit is None else 2 * _used(options, held)
+    count = max(options.draws or usual, _used(options, held))
     with seeded(options.seed, "compare", "fakes"):
         means = None if one.means is None or known.plane(held) is None else one.means(count)
         if means is None:

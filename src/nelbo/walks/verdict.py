@@ -12,7 +12,8 @@ from nelbo.estimate import at_least, at_most
 
 Json = dict[str, Any]
 Cell = Callable[[Json], str]
-LONGEST, WIDTH = 18, 80
+LONGEST, WIDTH, ABREAST = 16, 80, 2
+"""Letters of a name, columns of a line, and opponents in one table that fits it."""
 
 
 def lines(documents: list[Json]) -> str:
@@ -23,14 +24,33 @@ def lines(documents: list[Json]) -> str:
     """
     real = documents[0]["real"]
     names = [console.clean(d["fake"]["name"])[:LONGEST] for d in documents]
+    head = console.clean(f"{real['name']}: {real['what']}")
+    tables = [
+        _table(documents[k : k + ABREAST], names[k : k + ABREAST])
+        for k in range(0, len(documents), ABREAST)
+    ]
+    return "\n\n".join([head, *tables, *_claims(documents, names)])
+
+
+def _table(documents: list[Json], names: list[str]) -> str:
     rows = [*_certificate(documents), *_ladder(documents), *_sandwich(documents)]
     rows += [*_modes(documents), *_blurred(documents)]
     floor = any(d["metrics"] for d in documents)
     table = [[*row, *([""] if floor else [])] for row in rows] + _metrics(documents)
-    head = f"{real['name']}: {real['what']}"
-    header = ["", *names, *(["real"] if floor else [])]
-    parts = [console.clean(head), console.table(table, header), *_claims(documents, names)]
-    return "\n\n".join(parts)
+    text = console.table(table, ["", *names, *(["real"] if floor else [])])
+    return "\n".join([text, *_features(documents)])
+
+
+def _features(documents: list[Json]) -> list[str]:
+    """What the metrics were computed on, and how their spread is meant."""
+    for panel in (d["metrics"] for d in documents):
+        if panel:
+            used = panel["features"]
+            said = f"metrics on {used['name']} ({used['dims']} dimensions, {used['hash'][:12]})"
+            note = f"; {used['note']}" if used.get("note") else ""
+            text = f"{said}{note}; ± over {panel['seeds']} seeds"
+            return ["", textwrap.fill(console.clean(text), WIDTH, subsequent_indent="  ")]
+    return []
 
 
 def _row(label: str, documents: list[Json], cell: Cell) -> list[str]:
@@ -92,8 +112,8 @@ def _sandwich(documents: list[Json]) -> list[list[str]]:
         "  exact JSD": of("exact"),
         "  bound, nats/example": of("bound_nats"),
         "  entropy H, nats/example": of("entropy_nats"),
-        "  kappa: bound - H is at least": of("kappa_nats", at_least),
-        "  so H is at most": of("entropy_upper_nats"),
+        "  bound - H >= (kappa)": of("kappa_nats", at_least),
+        "  so H <=": of("entropy_upper_nats"),
     }
     rows = [_row(label, documents, cell) for label, cell in named.items()]
     return [row for row in rows if any(row[1:])]
@@ -123,7 +143,7 @@ def _blurred(documents: list[Json]) -> list[list[str]]:
 
         return cell
 
-    return [_row(f"JSD blurred by sd {b['sd']:.3g}, nats", documents, of(b["sd"])) for b in first]
+    return [_row(f"JSD blurred, sd {b['sd']:.3g}", documents, of(b["sd"])) for b in first]
 
 
 def _metrics(documents: list[Json]) -> list[list[str]]:
@@ -131,14 +151,14 @@ def _metrics(documents: list[Json]) -> list[list[str]]:
     first = next((panel for panel in panels if panel), None)
     if first is None:
         return []
-    rows = [[f"features {first['features']['name']}"[:34], *[""] * (len(documents) + 1)]]
+    rows = [[f"metrics, n = {first['n']} on a side", *[""] * (len(documents) + 1)]]
     for entry in first["rows"]:
         cells = []
         for panel in panels:
             found = [r for r in (panel or {}).get("rows", []) if r["name"] == entry["name"]]
             cells.append(_pm(found[0]["fake"]["mean"], found[0]["fake"]["sd"]) if found else "")
         floor = _pm(entry["real"]["mean"], entry["real"]["sd"]) if entry["real"] else ""
-        rows.append([f"  {entry['name']} (n = {first['n']})", *cells, floor])
+        rows.append([f"  {entry['name']}", *cells, floor])
     return rows
 
 
