@@ -137,11 +137,12 @@ def test_the_sentence_claims_no_more_than_was_shown():
     assert words == "JSD >= 0.101 nats (0.146 bits) with 95 % confidence (5,000 pairs)"
     nothing = claim(jsd_nats_lower=0.0, n_pairs=300, log_e_value=0.0).sentence()
     assert nothing == (
-        "no difference certified at n = 300; a JSD of about 6/n = 0.02 nats would have been"
+        "no difference certified at n = 300 by this classifier; with the best one it takes a "
+        "JSD of about 6/n = 0.02 nats"
     )
     rejected = claim(jsd_nats_lower=0.0, n_pairs=300, log_e_value=4.0)
     assert rejected.rejected and "the e-value rejects p = g" in rejected.sentence()
-    assert "look 3 at these pairs" in claim(looks=3).sentence()
+    assert "look 3 at these data" in claim(looks=3).sentence()
     assert "after noise" in claim(channel="noise to log-SNR 3").sentence()
 
 
@@ -201,3 +202,16 @@ def test_reals_that_the_sampler_knows_are_only_fitted_on():
     assert found.n_fit == 545 and found.n_pairs == 45
     alone = certify(normal(100), shift(2), judges=QUICK, fit_real=known, shares=(0, 0.2, 0.8))
     assert alone.n_fit == 500 and alone.n_pairs == 80
+
+
+def test_in_many_dimensions_a_wrong_scale_is_seen_and_nothing_is_worse_than_none():
+    draws = torch.Generator().manual_seed(5)
+    real = torch.randn(1000, 500, generator=draws, dtype=torch.float64)
+    wide = 1.1 * torch.randn(1000, 500, generator=draws, dtype=torch.float64)
+    same = torch.randn(1000, 500, generator=draws, dtype=torch.float64)
+    # the law of |x|^2 tells N(0, I) from N(0, 1.21 I): JSD .5285 by the radial density
+    found = certify(real, wide)
+    assert found.classifier == "logistic-summary" and 0.3 < found.jsd_nats_lower < 0.5285
+    # of equal laws every classifier overfits, and its logits would lose what the capital is
+    equal = certify(real, same, judges=[Perceptron()])
+    assert equal.jsd_nats_lower == 0 and equal.plugin > -0.02

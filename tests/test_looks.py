@@ -21,7 +21,7 @@ def test_the_ledger_counts_the_looks_at_a_set(tmp_path: Path):
     ledger = Ledger(tmp_path / "new" / "looks.jsonl")
     assert [ledger.look("a", "x"), ledger.look("b", "y"), ledger.look("a", "z")] == [1, 1, 2]
     with ledger.path.open("a") as file:
-        file.write('{"set": "a", "lo')  # a run killed while writing
+        file.write('{"data": "a", "lo')  # a run killed while writing
     assert ledger.look("a", "w") == 3 and ledger.looks("a") == 3 and ledger.looks("c") == 0
     ledger.path.write_text("something else\n")
     with pytest.raises(InputRefused, match="line 1"):
@@ -45,13 +45,15 @@ def test_the_look_is_written_before_the_set_is_opened(tmp_path: Path):
 
     def dies(x: Tensor) -> Tensor:
         if torch.isin(x, held).any():
-            assert ledger.looks(whole.split_hash) == 2
+            assert ledger.looks(whole.data_hash) == 2
             raise KeyboardInterrupt
-        return x[:, 0]
+        return -x[:, 0]
 
     with pytest.raises(KeyboardInterrupt):
         certify(real, shift(1), judges=[dies], ledger=ledger)
-    third = certify(real, shift(1), judges=QUICK, ledger=ledger)
+    # other pairs of the same reals are no fresh data
+    third = certify(real, shift(1), judges=QUICK, ledger=ledger, seed=1)
+    assert third.split_hash != whole.split_hash
     assert (whole.looks, third.looks) == (1, 3)
 
 

@@ -43,7 +43,7 @@ def prequential(
     ends = boundaries(total)
     refuse_few(ends[0], ends[0] // 5, total - ends[0], (0.24, 0.06, 0.7))
     split_hash = set_hash(real[ends[0] :])
-    looks = inquiry.look(split_hash)
+    looks = inquiry.look()
     first = real[: ends[0]] if more is None else torch.cat([real[: ends[0]], more])
     inquiry = replace(inquiry, view=inquiry.view.fitted(first))
     x, y = inquiry.sides(real, fake, "blocks")

@@ -23,7 +23,7 @@ from torch.nn.functional import softplus
 from nelbo.errors import InputRefused
 from nelbo.fitting import score
 from nelbo.jsd import LOG2, checked
-from nelbo.judges import Judge, fingerprint
+from nelbo.judges import NONE, Judge, fingerprint
 from nelbo.randomness import generator, key
 
 FEW, MANY = 100, 400
@@ -44,12 +44,14 @@ PIECE = 7
 
 @dataclass(frozen=True)
 class Setting:
-    """s -> t s + b, clipped to [-clip, clip], and the bound in nats that it promises."""
+    """s -> t s + b, clipped to [-clip, clip], the bound in nats that it promises, and the mean
+    payoff on CAL, nats."""
 
     temperature: float
     offset: float
     clip: float
     predicted: float
+    gain: float
 
     def apply(self, logits: Tensor) -> Tensor:
         """t s + b."""
@@ -111,7 +113,23 @@ def choose(
     ]
     best = max(found, key=lambda one: one.setting.predicted)
     predicted = {name: one.setting.predicted for name, one in zip(names, found, strict=True)}
+    if best.setting.gain <= 0:
+        return _nothing(best.setting, predicted)
     return Chosen(best.network, best.setting, best.name, best.hash, predicted, best.threshold)
+
+
+class _Silent(nn.Module):
+    """Logit 0 of every row: D = 1/2."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return torch.zeros(len(rows), dtype=torch.float64)
+
+
+def _nothing(setting: Setting, predicted: dict[str, float]) -> Chosen:
+    """Where every classifier did worse than none: it certifies 0 and loses nothing."""
+    network = _Silent()
+    mark = fingerprint(network, torch.zeros(1))
+    return Chosen(network, Setting(1.0, 0.0, setting.clip, 0.0, 0.0), NONE, mark, predicted, 0.0)
 
 
 def settle(
@@ -130,7 +148,8 @@ def settle(
     rate = math.log(1 / alpha) / n
     promise = z.mean(1) - (2 * z.var(1, correction=0) * rate).sqrt() - clip[:, 0] * rate
     best = int(promise.argmax())
-    return Setting(*grid[best], predicted=float(promise[best]))
+    gain = float(z.mean(1)[best])
+    return Setting(*grid[best], predicted=float(promise[best]), gain=gain)
 
 
 def _grid(pairs: int, clips: Sequence[float] | None) -> list[tuple[float, float, float]]:

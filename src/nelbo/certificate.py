@@ -30,7 +30,7 @@ from nelbo.inquiry import Inquiry, certificate
 from nelbo.jsd import refuse_level, two_cells
 from nelbo.judges import Judge, candidates
 from nelbo.looks import Ledger
-from nelbo.parts import SHARES, Parts, cut, refuse_few, together
+from nelbo.parts import SHARES, Parts, cut, refuse_few, set_hash, together
 from nelbo.randomness import generator, key
 from nelbo.sides import Fakes, Sampler, Source, fakes, read, refuse_mismatch, refuse_repeats
 
@@ -85,8 +85,9 @@ def certify(
         levels: number of levels, for the default `encode`.
         seed: of the split, the sampler and the classifiers.
         shares: of FIT, CAL and C among the reals.
-        looks: at this certificate set, this one included, when no ledger counts them.
-        ledger: counts the looks; one is written before the set is opened.
+        looks: at these reals, this one included, when no ledger counts them.
+        ledger: counts the looks at these reals, whatever the seed; one is written before any pair
+            is opened.
         sampler_name: what certificates call the sampler: run, step, EMA, truncation.
         as_is: let pass another range, and fakes with many copies.
         copies_together: equal reals stay in one part (True), or are independent draws of a law
@@ -108,6 +109,7 @@ def certify(
     more = None if fit_real is None else read(fit_real, "fit_real")
     if more is not None:
         refuse_mismatch(rows, more, as_is=True)
+    data = set_hash(rows)
     if n is not None and n < len(rows):
         rows, groups = _some(rows, groups, n, seed)
     if isinstance(channel, str):
@@ -122,6 +124,7 @@ def certify(
         ledger=ledger,
         sampler=source.name,
         as_is=as_is,
+        data=data,
         fit_fakes=fit_fakes,
     )
     keep = together(rows, copies_together)
@@ -155,7 +158,7 @@ def _split(
     fit = inquiry.sides(parts.fit, drawn["FIT"], "FIT")
     calibration = inquiry.sides(parts.calibration, drawn["CAL"], "CAL")
     chosen = inquiry.choose(fit, calibration, pairs)
-    looks = inquiry.look(parts.hash)
+    looks = inquiry.look()
     real, fake = inquiry.sides(parts.certificate, drawn["C"], "C")
     logits = chosen.logits(real), chosen.logits(fake)
     cells = two_cells(*logits, chosen.threshold, inquiry.alpha)

@@ -24,10 +24,11 @@ import nelbo
 from nelbo.errors import InputRefused
 from nelbo.files import exhausted, hidden, read_json, sync_directory, write_file, write_json_atomic
 from nelbo.jsd import LOG2, lower_bound
+from nelbo.judges import NONE
 from nelbo.prequential import prequential_bound
 
 DETECTABLE = 6.0
-"""A bound above 0 takes about 6/JSD pairs."""
+"""A bound above 0 takes about 6/JSD pairs, with the best classifier."""
 ARRAYS = ("logits_real", "logits_fake", "clips")
 UNWRITTEN = (*ARRAYS, "rows_real", "rows_fake", "discriminator")
 
@@ -47,8 +48,9 @@ class Certificate:
         classifier, classifier_hash: the one that was chosen; candidates: the bound in nats that
             each promised on the calibration part.
         channel: what both sides passed first, or None. sampler: the name of the fakes.
-        seed: of everything. split_hash: of the certificate set. rule: how the reals were cut.
-        looks: at this certificate set, this one included.
+        seed: of everything. split_hash: of the certificate set. data_hash: of all reals.
+        rule: how the reals were cut.
+        looks: at these reals, this one included.
         mode: "split" or "prequential".
         logits_real, logits_fake: (n_pairs,) float64, in the order of the bound.
         clips: (n_pairs,) in prequential mode, else None.
@@ -78,6 +80,7 @@ class Certificate:
     sampler: str
     seed: int
     split_hash: str
+    data_hash: str
     rule: str
     looks: int
     mode: str
@@ -118,16 +121,19 @@ class Certificate:
             nats, bits = _figure(self.jsd_nats_lower), _figure(self.jsd_bits_lower)
             words = f"JSD >= {nats} nats ({bits} bits) with {level} ({self.n_pairs:,} pairs)"
         else:
+            least = _figure(min(DETECTABLE / self.n_pairs, LOG2))
             words = (
-                f"no difference certified at n = {self.n_pairs:,}; a JSD of about "
-                f"6/n = {_figure(min(DETECTABLE / self.n_pairs, LOG2))} nats would have been"
+                f"no difference certified at n = {self.n_pairs:,} by this classifier; with the "
+                f"best one it takes a JSD of about 6/n = {least} nats"
             )
+            if self.classifier == NONE:
+                words += "; no classifier did better than chance on the calibration pairs"
             if self.rejected:
                 words += f"; yet the e-value rejects p = g with {level}"
         if self.channel:
             words += f", after {self.channel}"
         if self.looks > 1:
-            words += f"; look {self.looks} at these pairs: for all {self.looks} to hold jointly, "
+            words += f"; look {self.looks} at these data: for all {self.looks} to hold jointly, "
             words += f"each needs alpha/{self.looks}"
         return words
 

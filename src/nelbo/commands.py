@@ -205,6 +205,8 @@ class Compare:
     """Safetensors for the module of --features."""
     seeds: int = 5
     """Draws of the samples over which a metric's spread is measured."""
+    as_is: bool = False
+    """Let pass samples of another range, and with many copies, where the laws are like that."""
     calls: float = 16.0
     """Network calls per example for the bound of a diffusion model, in the sandwich."""
     checkpoint: str = "newest"

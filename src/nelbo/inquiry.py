@@ -29,7 +29,8 @@ class Inquiry:
 
     Arguments:
         alpha, seed, clips, looks, ledger, as_is, fit_fakes: see `nelbo.certificate.certify`.
-        judges: the candidates. view: what they see of stored rows. sampler: name of the fakes.
+        data: hash of all reals. judges: the candidates. view: what they see of stored rows.
+        sampler: name of the fakes.
     """
 
     alpha: float
@@ -41,6 +42,7 @@ class Inquiry:
     ledger: Ledger | None
     sampler: str
     as_is: bool
+    data: str
     fit_fakes: int | None
 
     def choose(self, fit: Any, calibration: Any, n: int, block: int = 0) -> Chosen:
@@ -55,11 +57,11 @@ class Inquiry:
             clips=self.clips,
         )
 
-    def look(self, split_hash: str) -> int:
-        """Written down before the set is opened."""
+    def look(self) -> int:
+        """Written down before any pair is opened."""
         if self.ledger is None:
             return self.looks
-        return self.ledger.look(split_hash, f"{self.sampler}, seed {self.seed}")
+        return self.ledger.look(self.data, f"{self.sampler}, seed {self.seed}")
 
     def sides(self, real: Tensor, fake: Tensor, part: str) -> tuple[Tensor, Tensor]:
         """Both sides of a part as the classifiers see them."""
@@ -104,6 +106,7 @@ def certificate(
         channel=inquiry.channel,
         sampler=inquiry.sampler,
         seed=inquiry.seed,
+        data_hash=inquiry.data,
         logits_real=logits[0],
         logits_fake=logits[1],
         clips=clips,

@@ -8,6 +8,7 @@ each: batch statistics would tie the rows of a batch together, and have no place
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from abc import ABC, abstractmethod
@@ -18,11 +19,13 @@ from torch import Tensor, nn
 
 from nelbo.errors import UsageError
 from nelbo.fitting import Schedule, fit_networks
-from nelbo.logistic import Features, Textures, fit_logistic
+from nelbo.logistic import PRODUCTS, Features, Summaries, Textures, fit_logistic
 
 FEW, MANY = 400, 4000
 """Rows of a side below which fits are short, and from which they are long."""
 FLAT, WAVES = 4, 64
+NONE = "none"
+"""The name of the classifier that says nothing, where no other did better than chance."""
 
 
 class Judge(ABC):
@@ -64,6 +67,15 @@ class Texture(Judge):
 
     def fit(self, real: Tensor, fake: Tensor, seed: int) -> nn.Module:
         return fit_logistic(Textures, real, fake, seed).eval()
+
+
+class Summary(Judge):
+    """Logistic regression on a few statistics of the whole row, for rows of many dimensions."""
+
+    name = "logistic-summary"
+
+    def fit(self, real: Tensor, fake: Tensor, seed: int) -> nn.Module:
+        return fit_logistic(Summaries, real, fake, seed).eval()
 
 
 class Perceptron(Judge):
@@ -117,7 +129,8 @@ class Fixed(Judge):
         self.name = name or getattr(network, "__name__", type(network).__name__)
 
     def fit(self, real: Tensor, fake: Tensor, seed: int) -> nn.Module:
-        return self.network
+        # a module with running statistics would change while it is looked at
+        return copy.deepcopy(self.network)
 
 
 class _Called(nn.Module):
@@ -133,7 +146,8 @@ def usual(shape: Sequence[int]) -> tuple[Judge, ...]:
     """The candidates for rows of a shape: images (C, H, W), or vectors, bits and levels (D,)."""
     if len(shape) == 3 and min(shape[1:]) >= 4:
         return Regression(0), Regression(100), Texture(), Convolutional()
-    return Regression(0), Regression(100), Perceptron()
+    wide = (Summary(),) if math.prod(shape) > PRODUCTS else ()
+    return Regression(0), Regression(100), Perceptron(), *wide
 
 
 def candidates(

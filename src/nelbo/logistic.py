@@ -109,6 +109,32 @@ class Textures(nn.Module):
         return torch.cat(waves, 1)
 
 
+class Summaries(nn.Module):
+    """Rows (B, *shape) -> (B, 7) float64: size, spread and tails of a row's standardised values.
+
+    In many dimensions these tell a wrong scale or wrong tails that no single coordinate shows.
+
+    Arguments:
+        pooled: (n, *shape) rows of both sides that set the scale.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, pooled: Tensor) -> None:
+        super().__init__()
+        flat = pooled.flatten(1).double()
+        self.register_buffer("shift", flat.mean(0))
+        self.register_buffer("scale", _safe(flat.std(0)))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        u = (rows.flatten(1).double() - self.shift) / self.scale
+        size = u.square().mean(1)
+        steps = u.diff(dim=1).square().mean(1)
+        found = [u.mean(1), size, size.sqrt(), u.abs().mean(1), u.abs().amax(1), steps]
+        return torch.stack([*found, u.square().square().mean(1).clamp(max=FAR**4)], 1)
+
+
 class Logistic(nn.Module):
     """Logits (B,) linear in the standardised features: s = w^T (f(x) - mean)/scale + b."""
 

@@ -1,4 +1,4 @@
-r"""How often a certificate set was looked at.
+r"""How often data were looked at.
 
 A certificate is true with probability 1 - alpha for one look at fresh pairs. Whoever looks M times
 and shows the best must pay alpha/M each; who does not count cannot pay. The ledger is a file of
@@ -19,7 +19,7 @@ from nelbo.files import exhausted
 
 
 class Ledger:
-    """Looks at certificate sets, appended under a lock.
+    """Looks at held-out reals, appended under a lock.
 
     Arguments:
         path: of the file; made at the first look, and its folder too.
@@ -28,11 +28,12 @@ class Ledger:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
-    def look(self, split_hash: str, about: str) -> int:
-        """Write down one more look at a set, and return how many it has had, this one included.
+    def look(self, data_hash: str, about: str) -> int:
+        """Write down one more look at the reals; how many there were, this one included.
 
         Arguments:
-            split_hash: of the certificate set.
+            data_hash: of the reals, however they are cut: another seed opens other pairs of them,
+                not other reals.
             about: what looks at it: sampler, step, seed.
 
         Raises:
@@ -44,21 +45,21 @@ class Ledger:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 file.seek(0)
                 text = file.read()
-                count: int = 1 + sum(line["set"] == split_hash for line in self._lines(text))
+                count: int = 1 + sum(line["data"] == data_hash for line in self._lines(text))
                 # A line cut short by a kill is ended, not continued.
                 start = "" if not text or text.endswith("\n") else "\n"
-                line = json.dumps({"set": split_hash, "look": count, "about": about})
+                line = json.dumps({"data": data_hash, "look": count, "about": about})
                 file.write(f"{start}{line}\n")
                 file.flush()
                 os.fsync(file.fileno())
         return count
 
-    def looks(self, split_hash: str) -> int:
-        """Looks at a set so far."""
+    def looks(self, data_hash: str) -> int:
+        """Looks at the reals so far."""
         if not self.path.exists():
             return 0
         text = self.path.read_text(encoding="utf-8")
-        return sum(line["set"] == split_hash for line in self._lines(text))
+        return sum(line["data"] == data_hash for line in self._lines(text))
 
     def _lines(self, text: str) -> list[dict[str, Any]]:
         found = []
@@ -67,11 +68,11 @@ class Ledger:
                 entry = json.loads(line)
             except ValueError:
                 entry = None
-            if isinstance(entry, dict) and isinstance(entry.get("set"), str):
+            if isinstance(entry, dict) and isinstance(entry.get("data"), str):
                 found.append(entry)
-            elif not line.startswith('{"set": '[: len(line)]):
+            elif not line.startswith('{"data": '[: len(line)]):
                 raise InputRefused(
-                    f"{self.path}: line {number} is no look at a certificate set; this is not a "
+                    f"{self.path}: line {number} is no look at held-out reals; this is not a "
                     "ledger: give another file"
                 )
         return found

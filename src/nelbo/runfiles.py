@@ -56,6 +56,8 @@ class Run:
     validation: Array
     """(k, 3) of step, mean, se in bits/dim; nan where the se is unknown."""
     comparison: Json
+    others: tuple[str, ...]
+    """Names of the comparisons that are not shown."""
     witness: dict[str, Array]
     """What lies beside the comparison: logits, D over the plane, samples most like the data."""
     played: Array
@@ -106,6 +108,7 @@ def load(path: Path) -> Run:
         validation=_validations(records),
         comparison=_json(compared, "real", "fake", "certificate"),
         witness=_arrays(compared.with_suffix(".npz")),
+        others=tuple(p.name for p in sorted(compared.parent.glob("*.json")) if p != compared),
         played=_column(records, "jsd_plugin"),
         certified=_column(records, "jsd_nats_lower"),
     )

@@ -36,7 +36,7 @@ def both(drawing: Callable[[float], bytes]) -> Picture:
 def pictures(run: Run) -> dict[str, Picture]:
     """Every figure that the run's comparison allows, by name."""
     document, drawn = run.comparison, dict[str, Picture]()
-    if document.get("ladder"):
+    if len(document.get("ladder") or ()) > 1:
         drawn["ladder"] = both(partial(gamefigures.ladder, *_rungs(document["ladder"])))
     drawn |= _held(document.get("sandwich") or {})
     return drawn | _witness(run)

@@ -8,6 +8,8 @@ that repeats itself has rows that are not independent, and no certificate is tru
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +29,7 @@ COPIES = 0.1
 """Share of copies above which rows have atoms, and draws from a density have not."""
 SPANS, STEPS = 100.0, 4.0
 """Ratio of the ranges of two sides, of real vectors and of levels, that is no accident."""
-AS_IS = "If they are independent, and the law has atoms, pass as_is=True"
+AS_IS = "If they are independent, and the law has atoms, pass as_is=True (--as-is)"
 
 
 def read(source: Source, what: str) -> Tensor:
@@ -54,6 +56,8 @@ def read(source: Source, what: str) -> Tensor:
 def _tensor(source: Tensor | np.ndarray, what: str) -> Tensor:
     if isinstance(source, Tensor):
         return source.detach().cpu()
+    if not isinstance(source, np.ndarray):
+        raise InputRefused(f"{what}: {type(source).__name__}; give a tensor, an array or a path")
     if source.dtype.kind not in "buif":
         raise InputRefused(f"{what}: values of type {source.dtype}; give integers or floats")
     # NumPy has byte orders, strides and widths that torch does not know.
@@ -164,11 +168,13 @@ class Drawn(Fakes):
         self._calls += 1
         call = f"the sampler {self.name}, call {self._calls} ({n} rows for {part})"
         try:
-            with seeded(self.seed, "sampler", part), torch.no_grad():
+            # what a sampler prints is not a result
+            out = contextlib.redirect_stdout(sys.stderr)
+            with out, seeded(self.seed, "sampler", part), torch.no_grad():
                 rows = self.sampler(n)
         except (MemoryError, ResourceExhausted):
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise InputRefused(
                 f"{call}, raised {type(error).__name__}: {error}; it must return {n} rows"
             ) from error
@@ -253,7 +259,7 @@ def _refuse_range(real: Tensor, fake: Tensor) -> None:
         raise InputRefused(
             f"the reals lie in {a:g}..{b:g}, the fakes in {c:g}..{d:g}: the scale alone would "
             "tell them apart. Bring both to the same units; if the range is the sampler's own "
-            "doing, pass as_is=True"
+            "doing, pass as_is=True (--as-is)"
         )
 
 

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nelbo import console
 from nelbo.certificate import Certificate, certify
 from nelbo.commands import Compare
+from nelbo.data.splits import digests
 from nelbo.design import enough
 from nelbo.errors import UsageError
 from nelbo.estimate import Estimate
@@ -30,8 +32,9 @@ from nelbo.rundir import default_path
 from nelbo.sandwich import Sandwich
 from nelbo.walks import known, measures, witness
 from nelbo.walks.chains import Means
+from nelbo.walks.heldout import HELD, Reals, reals
 from nelbo.walks.measuring import Request, measure
-from nelbo.walks.opponents import HELD, Opponent, Reals, opponents, reals
+from nelbo.walks.opponents import Opponent, opponents
 from nelbo.walks.stored import device_of, save_arrays
 from nelbo.walks.verdict import lines
 
@@ -58,10 +61,12 @@ def compared(options: Compare) -> list[dict[str, Any]]:
     check(options)
     against = opponents(options, device)
     held = reals(options, against)
+    extractor = measures.prepared(options, held)  # refused before anything is looked at
+    _free(options)
     ledger = Ledger(default_path("looks.jsonl"))
     documents = []
     for one in against:
-        document, arrays = confront(options, held, one, ledger)
+        document, arrays = confront(options, held, one, extractor, ledger)
         place = _place(options, held, one, len(against))
         if place is not None:
             write(place, document, arrays)
@@ -76,6 +81,27 @@ def text(documents: list[dict[str, Any]]) -> str:
     return "\n".join([lines(documents), *([""] if paths else []), *paths])
 
 
+def _say(options: Compare, stage: str) -> None:
+    if not options.quiet:
+        console.say(stage)
+
+
+def _free(options: Compare) -> None:
+    """Make the folder of --out, before anything is computed that it shall hold.
+
+    Raises:
+        UsageError: it cannot be made.
+    """
+    if options.out is None:
+        return
+    try:
+        options.out.mkdir(parents=True)
+    except OSError as error:
+        raise UsageError(
+            f"{options.out}: cannot be made ({error.strerror}); name another --out"
+        ) from error
+
+
 def check(options: Compare) -> None:
     """Refuse what cannot be compared, before anything is opened.
 
@@ -86,20 +112,31 @@ def check(options: Compare) -> None:
         raise UsageError("name what is compared with the data: a run, or a file of samples")
     if options.out is not None and options.out.exists():
         raise UsageError(f"{options.out} exists, and is not overwritten: name another --out")
+    if len(set(options.ladder)) < len(options.ladder):
+        raise UsageError("--ladder: name each log-SNR once")
     if options.weights is not None and not measures.is_module(options.features):
         raise UsageError("--weights go with --features FILE.py:FUNCTION")
 
 
 def confront(
-    options: Compare, held: Reals, one: Opponent, ledger: Ledger | None
+    options: Compare,
+    held: Reals,
+    one: Opponent,
+    extractor: measures.Prepared | None,
+    ledger: Ledger | None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The document and the arrays of one opponent before the reals."""
     fakes, means = _fakes(options, held, one)
+    _say(options, f"{one.name}: certificate")
     certificate = certify(held.rows, fakes, **_terms(options, held, one), ledger=ledger)
     rows = known.pool(options, held, fakes)
+    _say(options, f"{one.name}: noise ladder")
     rungs = _ladder(options, held, one, fakes, rows, certificate)
     sandwich = _sandwich(options, held, one, certificate, means)
-    found = measures.measured(options, held, fakes) if options.metrics else None
+    found = None
+    if extractor is not None:
+        _say(options, f"{one.name}: metrics")
+        found = measures.measured(options, held, fakes, extractor)
     document = {
         "schema": 1,
         "real": {
@@ -117,8 +154,19 @@ def confront(
         "metrics": found.as_json() if found else None,
         "modes": known.counted(held, rows),
         "remark": sandwich.verdict if sandwich else f"no bound: {one.unbounded}",
+        "copies": _copies(held, certificate),
     }
     return document, {**certificate.arrays(), **witness.arrays(held, certificate, means)}
+
+
+def _copies(held: Reals, certificate: Certificate) -> dict[str, int]:
+    """Samples of the certificate that are, to the bit, rows of the data."""
+    rows = certificate.rows_fake
+    assert rows is not None
+    known = [held.rows] if held.fit is None else [held.rows, held.fit]
+    marks = {mark for some in known for mark in digests(some.numpy())}
+    found = sum(mark in marks for mark in digests(rows.to(held.rows.dtype).numpy()))
+    return {"of": len(rows), "found": found}
 
 
 def _fakes(options: Compare, held: Reals, one: Opponent) -> tuple[Any, Means | None]:
@@ -154,6 +202,7 @@ def _terms(options: Compare, held: Reals, one: Opponent) -> dict[str, Any]:
         "fit_real": held.fit,
         "encode": held.dataset.encode,
         "seed": options.seed,
+        "as_is": options.as_is,
         "sampler_name": f"{one.name} {one.about.get('step', '')}".strip(),
         **({"shares": OPENED} if held.fit is not None and options.mode == "split" else {}),
     }

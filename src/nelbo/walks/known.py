@@ -16,8 +16,8 @@ from nelbo.modes import modes
 from nelbo.randomness import seeded
 from nelbo.sandwich import Reference
 from nelbo.walks.chains import Means
+from nelbo.walks.heldout import Reals
 from nelbo.walks.measures import apart
-from nelbo.walks.opponents import Reals
 
 EXACT, COUNTED = 1_000_000, 2500
 """Samples behind a blurred divergence, where they cost little; samples whose modes are counted."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import sys
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from nelbo.featurenets import Labelled, classifier, random_network
 from nelbo.interop.modules import opened
 from nelbo.panels import Panel
 from nelbo.randomness import generator
-from nelbo.walks.opponents import Reals
+from nelbo.walks.heldout import Reals
 
 NAMES = ("auto", "raw", "pca", "classifier", "random")
 FEATURES = 32
@@ -32,21 +34,37 @@ def is_module(features: str) -> bool:
     return ":" in features
 
 
-def measured(options: Compare, held: Reals, fakes: Any) -> Panel:
-    """Every metric on one set of features.
+class Prepared(NamedTuple):
+    """Features, and the reals that are scored on them."""
+
+    extractor: Extractor
+    scored: Tensor
+
+
+def prepared(options: Compare, held: Reals) -> Prepared | None:
+    """The features that are asked for, fitted; None without metrics.
 
     Raises:
         UsageError: features that these data have not.
     """
+    if not options.metrics:
+        return None
     fit, scored = _parted(options, held)
-    return panel(
-        scored,
-        fakes,
-        extractor_of(options, held, fit),
-        seeds=options.seeds,
-        seed=options.seed,
-        training=held.fit,
-    )
+    with contextlib.redirect_stdout(sys.stderr):  # what a user's module prints is not a result
+        return Prepared(extractor_of(options, held, fit), scored)
+
+
+def measured(options: Compare, held: Reals, fakes: Any, on: Prepared) -> Panel:
+    """Every metric on one set of features."""
+    with contextlib.redirect_stdout(sys.stderr):
+        return panel(
+            on.scored,
+            fakes,
+            on.extractor,
+            seeds=options.seeds,
+            seed=options.seed,
+            training=held.fit,
+        )
 
 
 def _parted(options: Compare, held: Reals) -> tuple[Tensor, Tensor]:

@@ -7,23 +7,24 @@ drawn anew; the data of a run are its test part, and its other parts may train c
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor, nn
 
 from nelbo.commands import Compare, Evaluate, Sample
-from nelbo.data import toys
 from nelbo.data.base import Dataset
-from nelbo.data.embedded import digits
+from nelbo.data.bitrows import bitrows
 from nelbo.data.sources import open_path
 from nelbo.errors import InputRefused, UsageError
-from nelbo.randomness import generator
 from nelbo.recipes import foreign
 from nelbo.recipes.recipe import Subject
 from nelbo.samplers import Ancestral
@@ -34,13 +35,6 @@ from nelbo.walks.sample import sampler_of
 from nelbo.walks.stored import open_checkpoint
 
 OWN = "data"
-BUILT_IN: dict[str, Callable[[], Dataset]] = {
-    "digits": digits,
-    "swissroll": toys.swissroll,
-    "ring": lambda: toys.ring(std=0.01),
-    "grid": toys.grid25,
-    "gaussian": lambda: toys.correlated(**toys.PLANE),
-}
 
 
 @dataclass(frozen=True)
@@ -72,23 +66,6 @@ class Opponent:
     def draw(self, count: int) -> Tensor:
         """Exactly `count` rows, or all of an array that has fewer."""
         return self.fakes[:count] if isinstance(self.fakes, Tensor) else self.fakes(count)
-
-
-@dataclass(frozen=True)
-class Reals:
-    """Data, and what of it may be used for what.
-
-    Arguments:
-        rows: held out from training and choice of everything that is compared.
-        fit: more of the same, on which only classifiers are trained; None: no more.
-        what: in words.
-    """
-
-    name: str
-    dataset: Dataset
-    rows: Tensor
-    fit: Tensor | None
-    what: str
 
 
 def opponents(options: Compare, device: str) -> list[Opponent]:
@@ -128,7 +105,7 @@ def _opponent(options: Compare, path: Path, device: str) -> Opponent:
         return _game(options, path, device)
     if foreign.is_foreign(path) or (path / "recipe.json").is_file():
         return _chain(options, path, device)
-    rows = open_path(path, size=options.size).all
+    rows = read(path, options.size).all
     unbounded = "samples from a file have no bound"
     return Opponent(path.name, "array", "none", rows, {"path": str(path)}, unbounded=unbounded)
 
@@ -140,12 +117,22 @@ def _function(path: Path) -> Callable[[int], Tensor]:
     if spec is None or spec.loader is None or not Path(file).is_file():
         raise InputRefused(f"{file}: is no Python file; give FILE.py:FUNCTION")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with contextlib.redirect_stdout(sys.stderr):  # what it prints is not a result
+        try:
+            spec.loader.exec_module(module)
+        except (Exception, SystemExit) as error:
+            raise InputRefused(f"{file}: raised {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise InputRefused(f"{file}: defines no function {name}; give FILE.py:FUNCTION")
-    found: Callable[[int], Tensor] = function
-    return found
+
+    @functools.wraps(function)
+    def quietly(count: int) -> Tensor:
+        with contextlib.redirect_stdout(sys.stderr):
+            drawn: Tensor = function(count)
+        return drawn
+
+    return quietly
 
 
 def _game(options: Compare, path: Path, device: str) -> Opponent:
@@ -208,77 +195,10 @@ def _chain(options: Compare, path: Path, device: str) -> Opponent:
     )
 
 
-def reals(options: Compare, against: list[Opponent]) -> Reals:
-    """The data of `--real`, held out from everything that is compared.
-
-    Raises:
-        InputRefused: the data do not fit what is compared. UsageError: `data` without a run.
-    """
-    datasets = [one.data for one in against if one.data is not None]
-    if options.real == OWN:
-        if not datasets:
-            raise UsageError("data means the data of a run, and no run is compared: give a path")
-        dataset, own = datasets[0], True
-    else:
-        dataset = _named(options)
-        own = any(_same(dataset, other) for other in datasets)
-        dataset = next((other for other in datasets if _same(dataset, other)), dataset)
-    for other in datasets:
-        _check(dataset, other)
-    truth = dataset.truth
-    if truth is not None and truth.components is not None:
-        return _fresh(options, dataset)
-    if not own:
-        rows = dataset.all
-        unseen = ", taken to be unseen by the runs" if datasets else ""
-        return Reals(dataset.name, dataset, rows, None, f"all {len(rows)} rows{unseen}")
-    fit = torch.cat((dataset.train, dataset.validation))
-    return Reals(dataset.name, dataset, dataset.test, fit, f"test part, {len(dataset.test)} rows")
-
-
-def _named(options: Compare) -> Dataset:
-    if options.real in BUILT_IN:  # a folder of that name is ./digits
-        return BUILT_IN[options.real]()
-    if (Path(options.real) / "recipe.json").is_file():
-        raise UsageError(f"{options.real} is a run: for its data type the word data instead")
-    if not Path(options.real).exists():
-        known = ", ".join(BUILT_IN)
-        raise UsageError(
-            f"{options.real}: no such file or folder; give one, the word data (a run's own), or "
-            f"one of {known}"
-        )
-    found = open_path(options.real, size=options.size)
-    return dataclasses.replace(found, name=Path(options.real).resolve().stem)
-
-
-def _fresh(options: Compare, dataset: Dataset) -> Reals:
-    """New draws from a known law: no run can have seen them."""
-    assert dataset.truth is not None and dataset.truth.components is not None
-    count = round((options.n or FRESH) / HELD)
-    rng = generator(options.seed, "compare", dataset.name)
-    rows = dataset.truth.components.sample(count, rng)
-    return Reals(dataset.name, dataset, rows, None, f"{count} fresh draws of the known law")
-
-
-FRESH = 5000
-"""Pairs of the certificate where data cost nothing."""
-HELD = 0.45
-"""Share of the reals that the certificate holds out."""
-
-
-def _same(one: Dataset, other: Dataset) -> bool:
-    return one.record.get("sha256") == other.record.get("sha256")
-
-
-def _check(dataset: Dataset, other: Dataset) -> None:
-    """Refuse samples of another kind than the data."""
-    if dataset.shape() != other.shape() or dataset.levels != other.levels:
-        raise InputRefused(
-            f"{dataset.name} holds {_kind(dataset)}, the run makes {_kind(other)}: compare it "
-            "with data of its own kind (the word data takes the run's own)"
-        )
-
-
-def _kind(dataset: Dataset) -> str:
-    shape = "x".join(map(str, dataset.shape()))
-    return f"{shape} {'real vectors' if dataset.levels is None else f'{dataset.levels} levels'}"
+def read(path: Path, size: int | None) -> Dataset:
+    """What a path holds; whole numbers in rows are bits."""
+    if path.suffix == ".npy" and path.is_file():
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if array.ndim == 2 and array.dtype.kind in "bui":
+            return bitrows(path)
+    return open_path(path, size=size)

@@ -23,13 +23,24 @@ def lines(documents: list[Json]) -> str:
         documents: of one comparison, of the same reals.
     """
     real = documents[0]["real"]
-    names = [console.clean(d["fake"]["name"])[:LONGEST] for d in documents]
+    full = [console.clean(d["fake"]["name"]) for d in documents]
+    names = [_short(name, full, k) for k, name in enumerate(full)]
     head = console.clean(f"{real['name']}: {real['what']}")
     tables = [
         _table(documents[k : k + ABREAST], names[k : k + ABREAST])
         for k in range(0, len(documents), ABREAST)
     ]
-    return "\n\n".join([head, *tables, *_claims(documents, names)])
+    return "\n\n".join([head, *tables, *_claims(documents, full)])
+
+
+def _short(name: str, others: list[str], place: int) -> str:
+    """A heading that fits: long names keep both ends, and those that look alike get a number."""
+    if len(name) <= LONGEST:
+        return name
+    half = LONGEST // 2 - 1
+    cut = f"{name[:half]}..{name[-half:]}"
+    alike = [o for o in others if f"{o[:half]}..{o[-half:]}" == cut]
+    return cut if len(alike) < 2 else f"{cut[: LONGEST - 3]} {place + 1}"
 
 
 def _table(documents: list[Json], names: list[str]) -> str:
@@ -69,10 +80,9 @@ def _certificate(documents: list[Json]) -> list[list[str]]:
             of(_lower),
         ),
         _row("  plug-in", documents, of(lambda c: _pm(c["plugin"], c["plugin_se"]))),
-        _row("  log e-value", documents, of(lambda c: f"{c['log_e_value']:.1f}")),
+        _row("  log e-value, nats", documents, of(lambda c: f"{c['log_e_value']:.1f}")),
         _row("  pairs", documents, of(lambda c: f"{c['n_pairs']}")),
-        _row("  looks at them", documents, of(lambda c: f"{c['looks']}")),
-        _row("  classifier", documents, of(lambda c: str(c["classifier"])[:LONGEST])),
+        _row("  looks at these data", documents, of(lambda c: f"{c['looks']}")),
     ]
 
 
@@ -108,7 +118,7 @@ def _sandwich(documents: list[Json]) -> list[list[str]]:
         return cell
 
     named = {
-        "JSD <= (bound and entropy)": of("jsd_nats_upper", at_most),
+        "JSD <= (asymptotic 95 %)": of("jsd_nats_upper", at_most),
         "  exact JSD": of("exact"),
         "  bound, nats/example": of("bound_nats"),
         "  entropy H, nats/example": of("entropy_nats"),
@@ -164,9 +174,16 @@ def _metrics(documents: list[Json]) -> list[list[str]]:
 
 def _claims(documents: list[Json], names: list[str]) -> list[str]:
     said = [
-        f"{name}: {d['certificate']['sentence']}" for name, d in zip(names, documents, strict=True)
+        f"{name}: {d['certificate']['sentence']} (classifier {d['certificate']['classifier']})"
+        for name, d in zip(names, documents, strict=True)
     ]
     named = zip(names, documents, strict=True)
+    copied = [
+        f"{name}: {d['copies']['found']} of {d['copies']['of']} samples are, to the bit, rows of "
+        "the data"
+        for name, d in zip(names, documents, strict=True)
+        if d["copies"]["found"]
+    ]
     whole = [f"{name}: {d['remark']}" for name, d in named if d["remark"]]
     several = []
     if len(documents) > 1:
@@ -175,7 +192,7 @@ def _claims(documents: list[Json], names: list[str]) -> list[str]:
             f"Each claim holds by itself. For all {len(documents)} at once run with --alpha "
             f"{alpha / len(documents):.3g}."
         )
-    told = [*said, *whole, *several]
+    told = [*said, *copied, *whole, *several]
     return ["\n".join(textwrap.fill(text, WIDTH, subsequent_indent="  ") for text in told)]
 
 

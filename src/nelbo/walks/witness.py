@@ -8,8 +8,8 @@ import torch
 
 from nelbo.certificate import Certificate
 from nelbo.walks.chains import Means
+from nelbo.walks.heldout import Reals
 from nelbo.walks.known import plane
-from nelbo.walks.opponents import Reals
 
 SIDE, SHOWN, POINTS = 160, 16, 1000
 
