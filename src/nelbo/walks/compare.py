@@ -226,7 +226,7 @@ def _ladder(
         {
             "logsnr": rung.logsnr,
             "certificate": rung.certificate.as_json(),
-            "exact": known.exact(held, rows, rung),
+            **known.exact(held, rows, rung),
         }
         for rung in rungs
     ]

@@ -38,11 +38,13 @@ def pool(options: Compare, held: Reals, fakes: Any) -> Tensor | None:
         return torch.as_tensor(fakes(EXACT))
 
 
-def exact(held: Reals, rows: Tensor | None, rung: Rung) -> float | None:
-    """The divergence of a rung of the ladder, nats; None where it is not known."""
+def exact(held: Reals, rows: Tensor | None, rung: Rung) -> dict[str, float | None]:
+    """The divergence of a rung of the ladder and its error, nats; None where it is not known."""
     scale = float(torch.as_tensor(held.dataset.scale).max())
     found = _blur(held, rows, scale * math.exp(-rung.logsnr / 2))
-    return None if found is None else found["jsd_nats"]
+    if found is None:
+        return {"exact": None, "exact_error": None}
+    return {"exact": found["jsd_nats"], "exact_error": found["error"]}
 
 
 def blurs(held: Reals, rows: Tensor | None) -> list[dict[str, Any]]:
