@@ -59,19 +59,9 @@ def _lines(
     flag = [] if families(name)[0] == family else ["--game" if family == "game" else "--no-game"]
     if not (folder / "report.html").exists():
         quiet = ["--no-compare"] if family == "game" else []
-        seeded = ["--seed", str(seed), "--steps", str(steps), "--out", str(folder)]
-        _nelbo(
-            options.out,
-            "train",
-            name,
-            *flag,
-            *seeded,
-            *MORE.get((name, family), []),
-            *quiet,
-            "--threads",
-            "1",
-            "--quiet",
-        )
+        run = ["--seed", str(seed), "--steps", str(steps), "--out", str(folder)]
+        more = [*flag, *run, *MORE.get((name, family), []), *quiet, "--threads", "1", "--quiet"]
+        _nelbo(options.out, "train", name, *more)
     if not list(folder.glob("compare/*.json")):
         asked = ["--n", str(options.n), "--no-metrics", "--seed", str(seed), "--quiet"]
         _nelbo(options.out, "compare", "data", str(folder), *asked, "--threads", "1")
