@@ -1,8 +1,8 @@
 """Compare: samples against data, from below by a certificate, from above by the bound where there
 is one, and by the companion metrics between.
 
-Every opponent is put before the same reals. What the certificate's pairs were looked at is counted
-in one ledger, because a certificate is only worth its error probability when it is opened once.
+Every opponent is put before the same reals. The looks at them are counted in one ledger, because a
+certificate is worth its error probability once.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from nelbo.walks.verdict import lines
 FOLDER = "compare"
 OPENED = (0.0, 0.15, 0.85)
 """Shares of FIT, CAL and C among held-out reals where classifiers have others to learn from."""
-EXACT, MOST_BOUNDED = 1_000_000, 5000
-"""Samples behind a blurred divergence, where they cost little; reals behind a bound."""
+MOST_BOUNDED = 5000
+"""Reals behind a bound."""
 
 
 def run(options: Compare) -> None:
@@ -127,16 +127,18 @@ def confront(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The document and the arrays of one opponent before the reals."""
     fakes, means = _fakes(options, held, one)
+    # whatever can be refused comes before the look at the pairs
+    found = None
+    if extractor is not None:
+        _say(options, f"{one.name}: metrics")
+        found = measures.measured(options, held, fakes, extractor)
+    bound = None if one.subject is None else _bound(options, held, one)
     _say(options, f"{one.name}: certificate")
     certificate = certify(held.rows, fakes, **_terms(options, held, one), ledger=ledger)
     rows = known.pool(options, held, fakes)
     _say(options, f"{one.name}: noise ladder")
     rungs = _ladder(options, held, one, fakes, rows, certificate)
-    sandwich = _sandwich(options, held, one, certificate, means)
-    found = None
-    if extractor is not None:
-        _say(options, f"{one.name}: metrics")
-        found = measures.measured(options, held, fakes, extractor)
+    sandwich = _sandwich(held, bound, certificate, means)
     document = {
         "schema": 1,
         "real": {
@@ -233,20 +235,16 @@ def _ladder(
 
 
 def _sandwich(
-    options: Compare,
-    held: Reals,
-    one: Opponent,
-    certificate: Certificate,
-    means: Means | None,
+    held: Reals, bound: Estimate | None, certificate: Certificate, means: Means | None
 ) -> Sandwich | None:
     """From above by the bound of the very chain that was drawn from; None where there is none."""
-    if one.subject is None:
+    if bound is None:
         return None
     truth = held.dataset.truth
     return Sandwich(
         lower=certificate.jsd_nats_lower,
         level=certificate.level,
-        bound=_bound(options, held, one),
+        bound=bound,
         entropy=None if truth is None else truth.entropy,
         entropy_error=0.0 if truth is None else truth.entropy_error,
         exact=known.whole(held, means),
