@@ -30,6 +30,7 @@ from nelbo.looks import Ledger
 from nelbo.randomness import seeded
 from nelbo.rundir import default_path
 from nelbo.sandwich import Sandwich
+from nelbo.sides import read, refuse_mismatch
 from nelbo.walks import known, measures, witness
 from nelbo.walks.chains import Means
 from nelbo.walks.heldout import HELD, Reals, reals
@@ -61,6 +62,10 @@ def compared(options: Compare) -> list[dict[str, Any]]:
     check(options)
     against = opponents(options, device)
     held = reals(options, against)
+    for one in against:
+        if isinstance(one.fakes, Tensor):
+            sides = read(held.rows, "the data"), read(one.fakes, one.name)
+            refuse_mismatch(*sides, options.as_is)
     extractor = measures.prepared(options, held)  # refused before anything is looked at
     _free(options)
     ledger = Ledger(default_path("looks.jsonl"))
