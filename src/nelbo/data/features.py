@@ -17,7 +17,8 @@ import zlib
 import torch
 from torch import Tensor
 
-from nelbo.data.base import CHUNK, Dataset
+from nelbo.data.base import Dataset
+from nelbo.data.part import CHUNK
 from nelbo.data.transforms import colors, cosines
 
 EDGES = (0.5, 1.5, 2.5, 4, 6, 9, 13, 18, 26, 37, 1e9)
