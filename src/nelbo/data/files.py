@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from nelbo.errors import InputRefused
 
 LIMIT = 16 * 2**30
+Cache = Literal["auto", "ram", "none"]
 
 
 def existing(path: str | Path) -> Path:
@@ -62,6 +65,30 @@ def refuse_above(limit: int, size: int, what: str) -> None:
             f"{what}: declares {size:,} bytes of data, more than the limit of {limit:,}; if that "
             "is meant, split the data or raise the limit"
         )
+
+
+def in_memory(size: int, cache: Cache, limit: int, what: str) -> bool:
+    """Whether data is held in memory (auto: if it takes at most a quarter of what is free).
+
+    Arguments:
+        size: bytes. cache: what was asked for. limit: most bytes.
+
+    Raises:
+        InputRefused: it should be, and is above the limit.
+    """
+    if cache == "ram":
+        refuse_above(limit, size, what)
+    return cache == "ram" or (cache == "auto" and size <= min(limit, room()))
+
+
+def room() -> int:
+    """Bytes that one process may take for data: a quarter of the free memory, shared by ranks."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvail"))
+    except (OSError, StopIteration, ValueError):
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free // (4 * max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 @contextmanager

@@ -10,7 +10,6 @@ are dropped.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +21,7 @@ from nelbo.data.base import Dataset
 from nelbo.data.part import Lazy, taken
 from nelbo.data.provenance import Provenance
 from nelbo.data.statistics import note_levels, scaling
+from nelbo.data.sums import packed, sums_of
 from nelbo.errors import InputRefused
 
 LEAST = 2
@@ -50,18 +50,7 @@ class Rows:
         if self.sums is not None:
             return self.sums
         assert isinstance(self.values, np.ndarray)
-        return packed(digests(self.values))
-
-
-def digests(values: np.ndarray) -> list[bytes]:
-    """SHA-256 of each example's bytes, little-endian and in C order."""
-    plain = np.ascontiguousarray(values)
-    return [hashlib.sha256(row.tobytes()).digest() for row in plain]
-
-
-def packed(sums: Sequence[bytes] | np.ndarray) -> np.ndarray:
-    """(n,) S32, which NumPy sorts as bytes: 32 bytes an example instead of 73."""
-    return sums if isinstance(sums, np.ndarray) else np.array(sums, "S32")
+        return sums_of(self.values)
 
 
 def fractions(total: int, source: str, *wanted: float) -> list[int]:
