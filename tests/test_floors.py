@@ -61,6 +61,7 @@ _FLOORS = {
     "data.index": (1, 0),
     "data.npy": (1, 1),
     "data.feed": (1, 3),
+    "data.folder": (1, 2),
     "data.mapped": (1, 2),
     "data.provenance": (1, 2),
     "data.decoding": (1, 1),

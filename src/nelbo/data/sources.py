@@ -35,7 +35,7 @@ def open_path(
         if is_cifar10(path):
             return cifar10(path)
         known = any(standard_file(path, part, "images") for part in ("train", "t10k"))
-        return idx(path) if known else images(path, size=size)
+        return idx(path) if known else images(path, size=size, cache=cache)
     with reading(existing_file(path)), path.open("rb") as file:
         start = file.read(6)
     if start == NPY or start[:2] == ZIP or path.suffix in (".npy", ".npz"):
