@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from nelbo.errors import InputRefused
 
@@ -102,3 +102,9 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputRefused(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def state(file: Any) -> tuple[int, int]:
+    """Size and time of change of a file."""
+    found = os.stat(file)
+    return found.st_size, found.st_mtime_ns

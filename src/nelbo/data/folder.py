@@ -1,35 +1,33 @@
 """Folders of up to millions of image files: listed once, decoded when asked for.
 
-The first pass decodes every file, so that a bad one is named before training begins, and takes two
-sums of each: of the file and of its pixels. They are kept in an index (see `index`). Later a file
-is decoded when a batch wants it, by several threads, and only if it is the same to the last byte.
+A file is decoded when a batch wants it, by several threads, and only if it is the same, to the
+last byte, as the one that the first pass saw (see `survey`; what that found is kept by `index`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from nelbo import console
-from nelbo.data.decoding import Picture, Reader, file_bytes, strict_decoding
+from nelbo.data.decoding import Reader, file_bytes
 from nelbo.data.part import Lazy
+from nelbo.data.survey import Files, planar, shares, workers
 from nelbo.errors import InputRefused
 
-WINDOW, WINDOW_BYTES = 512, 2**26
-"""Files, and bytes of their pixels, that a pass has in memory at a time."""
 TOLD = 10_000
 """Files between two looks at the meter while listing."""
 
 
 @dataclass(frozen=True)
-class Listing:
+class Listing(Files):
     """The image files of a folder in a fixed order.
 
     Arguments:
@@ -42,9 +40,17 @@ class Listing:
     state: str
     ignored: int
 
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def short(self, number: int) -> str:
+        return self.names[number]
+
     def path(self, number: int) -> str:
-        """The path of a file."""
         return f"{self.folder}/{self.names[number]}"
+
+    def data(self, number: int) -> bytes:
+        return file_bytes(self.path(number))
 
 
 def listing(folder: Path, suffixes: frozenset[str]) -> Listing:
@@ -106,137 +112,6 @@ def _entry(entry: os.DirEntry[str], start: int) -> tuple[str, int, int]:
     return entry.path[start:], found.st_size, found.st_mtime_ns
 
 
-@dataclass
-class Survey:
-    """What a pass over the files found; grows as it goes.
-
-    Arguments:
-        kept: numbers of the files that could be read. keys: SHA-256 of each of these files.
-        sums: of its pixels as they are, and grey ones as three channels. plain: nothing was done.
-        skipped: paths of bad files. shape: (H, W). pixels: where they are kept.
-    """
-
-    kept: list[int] = field(default_factory=list)
-    keys: list[bytes] = field(default_factory=list)
-    sums: list[tuple[bytes, bytes]] = field(default_factory=list)
-    plain: list[bool] = field(default_factory=list)
-    grey: list[bool] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    colourless: bool = True
-    shape: tuple[int, int] | None = None
-    pixels: list[np.ndarray] | None = None
-
-
-def survey(
-    reader: Reader,
-    files: Listing,
-    skip_bad: int,
-    keep: Callable[[Picture], bool],
-) -> Survey:
-    """Decode every file once.
-
-    Arguments:
-        skip_bad: files that may be bad. keep: of the first picture, whether memory holds all.
-
-    Raises:
-        InputRefused: a bad file more than may be, or images of different sizes.
-    """
-    found, first = Survey(), ""
-    with (
-        strict_decoding(),
-        ThreadPoolExecutor(workers()) as pool,
-        console.Meter(f"read {files.folder.name}", len(files.names), "images") as meter,
-    ):
-        start, window = 0, 1
-        while start < len(files.names):
-            numbers = range(start, min(start + window, len(files.names)))
-            for number, one in zip(numbers, _decoded(pool, reader, files, numbers), strict=True):
-                if isinstance(one, InputRefused):
-                    if len(found.skipped) >= skip_bad:
-                        raise one
-                    found.skipped.append(files.names[number])
-                    continue
-                if found.shape is None:
-                    first, found.shape = files.path(number), one[0].pixels.shape[:2]
-                    found.pixels = [] if keep(one[0]) else None
-                    window = max(1, min(WINDOW, WINDOW_BYTES // max(1, one[0].pixels.nbytes)))
-                _add(found, reader, number, one, files.path(number), first)
-            start = numbers.stop
-            meter.update(start)
-    return found
-
-
-Seen = tuple[Picture, tuple[bytes, bytes], bool]
-
-
-def _add(found: Survey, reader: Reader, number: int, one: Seen, path: str, first: str) -> None:
-    picture, sums, colourless = one
-    shape = picture.pixels.shape[:2]
-    if shape != found.shape:
-        assert found.shape is not None
-        raise InputRefused(
-            f"{path}: is {_across(shape)}, but {first} is {_across(found.shape)}; give a size "
-            "to crop and resize all to (--size)"
-        )
-    reader.count(picture.done)
-    found.kept.append(number)
-    found.keys.append(picture.key)
-    found.sums.append(sums)
-    found.plain.append(not picture.done)
-    found.grey.append(picture.pixels.ndim == 2)
-    found.colourless &= colourless
-    if found.pixels is not None:
-        found.pixels.append(picture.pixels)
-
-
-def _decoded(
-    pool: ThreadPoolExecutor, reader: Reader, files: Listing, numbers: range
-) -> Iterator[Seen | InputRefused]:
-    """What each file turned out to be, in order; several threads decode."""
-
-    def some(part: range) -> list[Seen | InputRefused]:
-        return [_seen(reader, files.path(number)) for number in part]
-
-    for seen in pool.map(some, _shares(numbers)):
-        yield from seen
-
-
-def _seen(reader: Reader, path: str) -> Seen | InputRefused:
-    try:
-        picture = reader.decode(file_bytes(path), path)
-    except InputRefused as error:
-        return error
-    pixels = picture.pixels
-    own = hashlib.sha256(planar(pixels, 1).tobytes()).digest()
-    grey = pixels.ndim == 2
-    other = hashlib.sha256(planar(pixels, 3).tobytes()).digest() if grey else own
-    return picture, (own, other), grey or bool((pixels == pixels[..., :1]).all())
-
-
-def planar(pixels: np.ndarray, channels: int) -> np.ndarray:
-    """(C, H, W) of (H, W) or (H, W, 3); a grey one may become three equal channels."""
-    if pixels.ndim == 2:
-        return np.broadcast_to(pixels, (channels, *pixels.shape))
-    return np.moveaxis(pixels, 2, 0)
-
-
-def _shares(numbers: Sequence[int]) -> list[Sequence[int]]:
-    """Pieces for the threads: several for each, since files differ."""
-    size = max(1, -(-len(numbers) // (4 * workers())))
-    return [numbers[i : i + size] for i in range(0, len(numbers), size)]
-
-
-def workers() -> int:
-    """Threads that decode: as many as there are cores for this process, at most 16."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    share = (cores or 1) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    return max(1, min(16, share))
-
-
-def _across(shape: tuple[int, ...]) -> str:
-    return f"{shape[1]} x {shape[0]} pixels"
-
-
 class Folder(Lazy):
     """Images that are decoded when they are asked for.
 
@@ -247,7 +122,7 @@ class Folder(Lazy):
 
     def __init__(
         self,
-        files: Listing,
+        files: Files,
         kept: np.ndarray,
         keys: np.ndarray,
         plain: np.ndarray,
@@ -272,13 +147,15 @@ class Folder(Lazy):
         if workers() == 1 or len(rows) == 1:
             some(places)
         else:
-            list(self._pool.map(some, _shares(places)))
+            list(self._pool.map(some, shares(places)))
         return out
 
     def _one(self, row: int) -> np.ndarray:
-        path = self.files.path(int(self.kept[row]))
+        number = int(self.kept[row])
         key = self.keys[row].ljust(32, b"\0")  # NumPy drops zeros at the end
-        pixels = self.reader.again(file_bytes(path), path, key, bool(self.plain[row]))
+        pixels = self.reader.again(
+            self.files.data(number), self.files.path(number), key, bool(self.plain[row])
+        )
         return planar(pixels, self.shape[1])
 
     @cached_property
@@ -288,7 +165,7 @@ class Folder(Lazy):
     def same(self, rows: np.ndarray) -> bool:
         """Whether these files have the sums that they had."""
         return all(
-            hashlib.sha256(file_bytes(self.files.path(int(self.kept[row])))).digest()
+            hashlib.sha256(self.files.data(int(self.kept[row]))).digest()
             == self.keys[row].ljust(32, b"\0")
             for row in rows
         )

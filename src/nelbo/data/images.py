@@ -16,11 +16,12 @@ import numpy as np
 from nelbo.data.base import Dataset
 from nelbo.data.decoding import PILLOW, Reader
 from nelbo.data.files import LIMIT, Cache, existing_folder, in_memory
-from nelbo.data.folder import Folder, Listing, Survey, listing, planar, survey
+from nelbo.data.folder import Folder, listing
 from nelbo.data.index import Index, recalled, remember
 from nelbo.data.provenance import Provenance
 from nelbo.data.splits import Rows, by_content, fractions
 from nelbo.data.sums import packed
+from nelbo.data.survey import Files, Survey, planar, survey
 from nelbo.errors import InputRefused
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
@@ -61,11 +62,29 @@ def images(
         raise InputRefused(f"channels {channels}: give 1 (grey) or 3 (RGB), or leave it out")
     files = listing(existing_folder(path), SUFFIXES)
     reader = Reader(_pair(size), channels, reduce_16bit, pixel_limit)
-    count, source = len(files.names), str(files.folder)
-    where = f"{source} ({count} images)"
+    sizes = (test_fraction, validation_fraction)
+    return collection(files, reader, sizes, skip_bad=skip_bad, limit=limit, cache=cache)
+
+
+def collection(
+    files: Files,
+    reader: Reader,
+    sizes: tuple[float, float],
+    *,
+    skip_bad: int = 0,
+    limit: int = LIMIT,
+    cache: Cache = "auto",
+) -> Dataset:
+    """Encoded images, wherever they lie; see `images`.
+
+    Arguments:
+        sizes: fractions of the test and the validation part.
+    """
+    source = str(files.folder)
 
     def keep(shape: tuple[int, ...]) -> bool:
-        return in_memory(count * math.prod(shape), cache, limit, where)
+        size = len(files) * math.prod(shape)
+        return in_memory(size, cache, limit, f"{source} ({len(files)} images)")
 
     key = _key(files, reader, skip_bad)
     known = None if cache == "ram" else recalled(key, partial(_same, files, reader))
@@ -86,11 +105,11 @@ def images(
         skipped=about["skipped"],
         warnings=_warnings(about, files.ignored),
     )
-    test, validation = fractions(len(known.sums), source, test_fraction, validation_fraction)
+    test, validation = fractions(len(known.sums), source, *sizes)
     return by_content(rows, origin, test=test, validation=validation)
 
 
-def _key(files: Listing, reader: Reader, skip_bad: int) -> dict[str, Any]:
+def _key(files: Files, reader: Reader, skip_bad: int) -> dict[str, Any]:
     """What tells one reading of one folder from another; decoders differ between versions."""
     how = [reader.size, reader.channels, reader.reduce_16bit, reader.pixel_limit, skip_bad]
     path = str(files.folder.resolve())
@@ -119,7 +138,7 @@ def _index(found: Survey, reader: Reader) -> Index:
     return Index(sums, about, more)
 
 
-def _rows(found: Survey, known: Index, files: Listing, reader: Reader) -> Rows:
+def _rows(found: Survey, known: Index, files: Files, reader: Reader) -> Rows:
     if found.pixels is None:
         return _lazy(known, files, reader)
     values = np.empty((len(found.pixels), *known.about["shape"]), np.uint8)
@@ -129,18 +148,18 @@ def _rows(found: Survey, known: Index, files: Listing, reader: Reader) -> Rows:
     return Rows(values, keys=known.more["keys"], sums=known.sums)
 
 
-def _lazy(known: Index, files: Listing, reader: Reader) -> Rows:
+def _lazy(known: Index, files: Files, reader: Reader) -> Rows:
     folder = _folder(files, reader, known)
     return Rows(folder, keys=known.more["keys"], sums=known.sums)
 
 
-def _folder(files: Listing, reader: Reader, known: Index) -> Folder:
+def _folder(files: Files, reader: Reader, known: Index) -> Folder:
     kept, keys, plain = (known.more[name] for name in ("kept", "keys", "plain"))
     channels, height, width = known.about["shape"]
     return Folder(files, kept, keys, plain, (channels, height, width), reader)
 
 
-def _same(files: Listing, reader: Reader, known: Index, rows: np.ndarray) -> bool:
+def _same(files: Files, reader: Reader, known: Index, rows: np.ndarray) -> bool:
     return _folder(files, reader, known).same(rows)
 
 

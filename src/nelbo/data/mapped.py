@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import mmap
-import os
 import zlib
 from abc import ABC, abstractmethod
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from nelbo import console
-from nelbo.data.files import reading
+from nelbo.data.files import reading, state
 from nelbo.data.index import Index, recalled, remember
 from nelbo.data.npy import Place
 from nelbo.data.part import Lazy
@@ -133,9 +132,3 @@ class Mapped(Lazy):
         if place.crc not in (None, crc):
             raise InputRefused(f"{place.label}: is damaged (Bad CRC-32); write it again")
         return sums
-
-
-def state(file: Any) -> tuple[int, int]:
-    """Size and time of change of a file."""
-    found = os.stat(file)
-    return found.st_size, found.st_mtime_ns

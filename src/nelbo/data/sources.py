@@ -12,6 +12,7 @@ from nelbo.data.files import Cache, existing, existing_file, reading
 from nelbo.data.idx import idx, is_idx, standard_file
 from nelbo.data.images import SUFFIXES, images
 from nelbo.data.npy import NPY, ZIP
+from nelbo.data.parquet import is_parquet, parquet
 from nelbo.errors import InputRefused
 
 __all__ = ["arrays", "cifar10", "digits", "idx", "images", "open_path"]
@@ -20,7 +21,8 @@ __all__ = ["arrays", "cifar10", "digits", "idx", "images", "open_path"]
 def open_path(
     path: str | Path, *, size: int | tuple[int, int] | None = None, cache: Cache = "auto"
 ) -> Dataset:
-    """The data at a path: CIFAR-10's or MNIST's folder, an IDX, .npy or .npz file, or images.
+    """The data at a path: CIFAR-10's or MNIST's folder, an IDX, .npy, .npz or
+    .parquet file, or images.
 
     Arguments:
         path: a folder or a file.
@@ -31,6 +33,9 @@ def open_path(
         InputRefused: nothing known is there, or the reader of that kind refuses it.
     """
     path = existing(path)
+    if is_parquet(path):
+        side = (size, size) if isinstance(size, int) else size
+        return parquet(path, size=side, cache=cache)
     if path.is_dir():
         if is_cifar10(path):
             return cifar10(path)

@@ -18,6 +18,8 @@ from nelbo.errors import InputRefused
 
 FEW_LEVELS = 128
 LATTICE_ROWS = 4096
+SOME = 64
+"""Images that are looked at before asking whether they have shown enough levels."""
 AT_ONCE = 65_536
 """Rows of vectors whose moments are taken at once; more are taken block by block."""
 
@@ -78,7 +80,7 @@ def note_levels(train: Part, origin: Provenance) -> None:
     if origin.levels <= FEW_LEVELS:
         return
     seen = np.zeros(origin.levels, bool)
-    for rows in pieces(train):
+    for rows in pieces(train, SOME):
         seen[rows.numpy()] = True
         if seen.sum() > FEW_LEVELS:
             return  # more rows cannot make them fewer
