@@ -18,7 +18,7 @@ from nelbo.errors import InputRefused
 
 FEW_LEVELS = 128
 LATTICE_ROWS = 4096
-SOME = 64
+SOME = 16
 """Images that are looked at before asking whether they have shown enough levels."""
 AT_ONCE = 65_536
 """Rows of vectors whose moments are taken at once; more are taken block by block."""
