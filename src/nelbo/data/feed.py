@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nelbo.data.base import Dataset
-from nelbo.data.part import Part
+from nelbo.data.part import Part, some
 
 SHARE = 0.25
 """Of the free memory of a device that training data may take."""
@@ -144,7 +144,7 @@ def _maker(
 ) -> Callable[[int], Made]:
     """How a batch is made on this device."""
     if device.type != "cuda":
-        return lambda move: (dataset.encode(dataset.train[order(move)]).to(device), None)
+        return lambda move: (dataset.encode(some(dataset.train, order(move))).to(device), None)
     resident = on_device(dataset.train, device)
     stream = torch.cuda.Stream(device)
 
@@ -155,7 +155,7 @@ def _maker(
                 y = resident[rows.pin_memory().to(device, non_blocking=True)]
             else:
                 # levels are moved, a quarter of the bytes of what the network sees
-                y = dataset.train[rows].pin_memory().to(device, non_blocking=True)
+                y = some(dataset.train, rows).pin_memory().to(device, non_blocking=True)
             x_0 = dataset.encode(y)
             event = torch.cuda.Event()
             event.record(stream)

@@ -111,6 +111,11 @@ def pieces(part: Part, size: int = CHUNK) -> Iterator[Tensor]:
         yield part[start : start + size]
 
 
+def some(part: Part, rows: Tensor) -> Tensor:
+    """Rows (b, *shape) with numbers (b,) int64; of a tensor three times as fast as an index."""
+    return part.index_select(0, rows) if isinstance(part, Tensor) else part[rows]
+
+
 def taken(values: np.ndarray | Lazy, rows: np.ndarray) -> Tensor | Lazy:
     """Rows of values, in memory or not as these are."""
     if isinstance(values, Lazy):
