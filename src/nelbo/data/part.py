@@ -59,14 +59,17 @@ class Lazy(ABC):
         """
 
     def __getitem__(self, index: Any) -> Tensor:
-        """Rows by number, slice or index tensor.
+        """Rows by number, slice, or a tensor or list of numbers from 0 to n - 1.
 
         Raises:
             InputRefused: more rows than memory should hold.
         """
         if isinstance(index, int):
-            return self[torch.tensor([index])][0]
-        rows = np.arange(len(self))[index.numpy() if isinstance(index, Tensor) else index]
+            return self[[range(len(self))[index]]][0]
+        if isinstance(index, slice):
+            rows = np.arange(*index.indices(len(self)))
+        else:
+            rows = torch.as_tensor(index, dtype=torch.int64).numpy()
         size = len(rows) * self.row_bytes
         if size > LIMIT:
             raise InputRefused(

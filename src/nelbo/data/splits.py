@@ -142,7 +142,7 @@ def by_part(
         {part: _labels(source[part], index[part]) for part in PARTS},
         index,
         rule,
-        {part: source[part].own()[index[part]] for part in PARTS},
+        {part: own[part if part in own else "train"][index[part]] for part in PARTS},
         np.concatenate(list(own.values())),
     )
 
@@ -194,7 +194,7 @@ def _assemble(
                 f"least {LEAST} are needed; add examples that are not copies, or change the split"
             )
     known = {part: label for part, label in labels.items() if label is not None}
-    shift, scale = scaling(parts["train"], origin, np.argsort(rows["train"]))
+    shift, scale = scaling(parts["train"], origin, rows["train"])
     note_levels(parts["train"], origin)
     return Dataset(
         name=origin.name,

@@ -24,13 +24,11 @@ AT_ONCE = 65_536
 """Rows of vectors whose moments are taken at once; more are taken block by block."""
 
 
-def scaling(
-    train: Part, origin: Provenance, by_place: np.ndarray
-) -> tuple[Tensor, float | Tensor]:
+def scaling(train: Part, origin: Provenance, places: np.ndarray) -> tuple[Tensor, float | Tensor]:
     """Mean and standard deviation of each dimension of training vectors; 0 and 1 for images.
 
     Arguments:
-        by_place: (n,) the training rows in the order of the file.
+        places: (n,) where the training rows stand in the file.
     """
     if origin.levels is not None:
         return torch.zeros((), dtype=torch.float64), 1.0
@@ -38,7 +36,7 @@ def scaling(
         values = train[:]
         shift, scale = values.mean(0), values.std(0, correction=0)
     else:
-        shift, scale = _moments(train, by_place)
+        shift, scale = _moments(train, np.argsort(places))
     bad = torch.nonzero(~(torch.isfinite(scale) & (scale > 1e-12 * shift.abs()))).flatten()
     if len(bad):
         raise InputRefused(

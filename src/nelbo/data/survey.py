@@ -165,9 +165,9 @@ def _seen(reader: Reader, files: Files, number: int) -> Seen | InputRefused:
 
 def planar(pixels: np.ndarray, channels: int) -> np.ndarray:
     """(C, H, W) of (H, W) or (H, W, 3); a grey one may become three equal channels."""
-    if pixels.ndim == 2:
-        return np.broadcast_to(pixels, (channels, *pixels.shape))
-    return np.moveaxis(pixels, 2, 0)
+    if pixels.ndim == 3:
+        return pixels.transpose(2, 0, 1)
+    return pixels[None] if channels == 1 else np.broadcast_to(pixels, (channels, *pixels.shape))
 
 
 def shares(numbers: Sequence[int]) -> list[Sequence[int]]:
