@@ -121,17 +121,17 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return {f"{g}.{k}": t for g, some in loaded.tensors.items() for k, t in some.items()}
 
 
-def test_runs_do_not_depend_on_where_the_data_lie(tmp_path, no_report):
+def test_runs_do_not_depend_on_where_the_data_lie(tmp_path, no_report, monkeypatch):
     levels = np.random.default_rng(0).integers(0, 256, (120, 8, 8), dtype=np.uint8)
     path = tmp_path / "a.npy"
     np.save(path, levels)
     plain = ("--steps", "6", "--validate-every", "0", "--samples", "1", "--calls", "4")
-    for name, *more in (
-        ("ram", "--cache", "ram", "--ahead", "0"),
-        ("none", "--cache", "none", "--ahead", "3"),
-    ):
-        code, err = trained(tmp_path / name, path, *plain, *more)
-        assert code == 0, err
+    # measured and sampled at its end from disk; the other one need not be
+    code, err = trained(tmp_path / "none", path, *plain, "--cache", "none", "--ahead", "3")
+    assert code == 0, err
+    monkeypatch.setattr("nelbo.walks.train.finish", lambda *given: None)
+    code, err = trained(tmp_path / "ram", path, *plain, "--cache", "ram", "--ahead", "0")
+    assert code == 0, err
     ram, none = weights(tmp_path / "ram"), weights(tmp_path / "none")
     assert ram.keys() == none.keys() and all(torch.equal(ram[k], none[k]) for k in ram)
     written = [json.loads((tmp_path / n / "recipe.json").read_text()) for n in ("ram", "none")]
