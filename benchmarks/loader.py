@@ -247,6 +247,7 @@ def main() -> None:
     parser.add_argument("--files", type=int, default=3_000, help="PNG files of each size")
     parser.add_argument("--listed", type=int, default=100_000, help="tiny files that are listed")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--arrays-only", action="store_true", help="the rows of arrays alone")
     parser.add_argument("--threads", type=int, default=1, help="threads of a training step")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
@@ -270,6 +271,9 @@ def main() -> None:
         np.save(array, np.resize(some, (asked.images, 3, 32, 32)) + noise)
         document["arrays"] = loaded(array, 100, rounds)
         show("32x32x3 arrays, images/s", document["arrays"])
+        if asked.arrays_only:
+            asked.out.write_text(json.dumps(document, indent=1))
+            return
         for side in (32, 128):
             folder = root / f"png{side}"
             folder.mkdir()
