@@ -329,6 +329,6 @@ def test_constant_and_too_few_images(tmp_path):
 def test_memory_limit_and_size(tmp_path):
     folder_of(tmp_path)
     with pytest.raises(InputRefused, match="12 images.*declares 360 bytes"):
-        images(tmp_path, limit=300)
+        images(tmp_path, limit=300, cache="ram")
     with pytest.raises(InputRefused, match="size 0"):
         images(tmp_path, size=0)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nelbo.data.splits import digests
+from nelbo.data.sums import digests
 from nelbo.errors import InputRefused, UsageError
 from nelbo.randomness import generator
 from nelbo.sides import COPIES, copies

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from nelbo.data.sources import open_path
-from nelbo.data.splits import digests
+from nelbo.data.sums import digests
 from nelbo.errors import InputRefused, ResourceExhausted
 from nelbo.randomness import seeded
 

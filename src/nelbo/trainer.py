@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,14 @@ class Stateful(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take them back."""
+
+
+@runtime_checkable
+class Closable(Protocol):
+    """What holds a thread or a file."""
+
+    def close(self) -> None:
+        """Let go of it."""
 
 
 class Player(NamedTuple):
@@ -131,6 +139,11 @@ class Trainer:
     def __iter__(self) -> Iterator[Record]:
         while self.step < self.steps:
             yield self.update()
+
+    def close(self) -> None:
+        """Let go of what prepares the batches; to train on is allowed."""
+        if isinstance(self.batch, Closable):
+            self.batch.close()
 
     def update(self) -> Record:
         """One update: every player in turn makes its moves.

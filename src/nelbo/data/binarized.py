@@ -19,7 +19,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nelbo.data.base import CHUNK, Dataset
+from nelbo.data.base import Dataset
+from nelbo.data.part import CHUNK
 from nelbo.errors import InputRefused
 from nelbo.randomness import generator
 
@@ -41,7 +42,7 @@ def binarized(dataset: Dataset, rule: Rule, seed: int = 0) -> Dataset:
     if dataset.levels is None:
         raise InputRefused(f"{dataset.name}: real vectors have no levels to be binarised")
     top = dataset.levels - 1
-    parts = {part: _bits(getattr(dataset, part), top, rule, seed, part) for part in PARTS}
+    parts = {part: _bits(getattr(dataset, part)[:], top, rule, seed, part) for part in PARTS}
     if len(parts["train"].unique()) < 2:
         raise InputRefused(
             f"{dataset.record.get('path') or dataset.name}: binarised by {rule}, all training "

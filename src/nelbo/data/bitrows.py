@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nelbo.data.arrays import load
 from nelbo.data.base import Dataset
 from nelbo.data.files import LIMIT, existing_file
+from nelbo.data.npy import load
 from nelbo.data.provenance import Provenance
-from nelbo.data.splits import digests, fractions
+from nelbo.data.splits import fractions
+from nelbo.data.sums import digests
 from nelbo.errors import InputRefused
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nelbo.data.base import Dataset
 from nelbo.data.provenance import Provenance
-from nelbo.data.splits import digests
+from nelbo.data.sums import digests
 from nelbo.errors import InputRefused
 from nelbo.randomness import generator
 

@@ -11,17 +11,20 @@ import hashlib
 import io
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import __version__ as PIL_VERSION
 
 from nelbo.data.files import existing_file, reading
 from nelbo.errors import InputRefused
 
+PILLOW = PIL_VERSION
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 BITS_PER_SAMPLE = 258
 ORIENTATION = 0x0112
@@ -34,6 +37,18 @@ DECODING = (
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
+
+
+class Picture(NamedTuple):
+    """One decoded file.
+
+    Arguments:
+        pixels: (H, W) or (H, W, 3) uint8. key: SHA-256 of the file. done: the conversions.
+    """
+
+    pixels: np.ndarray
+    key: bytes
+    done: tuple[str, ...]
 
 
 @dataclass
@@ -55,32 +70,68 @@ class Reader:
     conversions: dict[str, int] = field(default_factory=dict)
 
     def read(self, path: Path) -> tuple[np.ndarray, bytes]:
-        """Pixels (H, W) or (H, W, 3) uint8, and the SHA-256 of the file.
+        """Pixels (H, W) or (H, W, 3) uint8, and the SHA-256 of the file; what was done is counted.
 
         Raises:
             InputRefused: see `images`.
         """
-        path = existing_file(path)
-        with reading(path):
-            data = path.read_bytes()
+        with strict_decoding():
+            picture = self.decode(file_bytes(path), str(path))
+        self.count(picture.done)
+        return picture.pixels, picture.key
+
+    def decode(self, data: bytes, name: str) -> Picture:
+        """A file's bytes to pixels; from any thread, inside of `strict_decoding`.
+
+        Arguments:
+            name: what messages call the file.
+
+        Raises:
+            InputRefused: see `images`.
+        """
         done: list[str] = []
         try:
-            with strict_decoding(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                self._check(image, data, path, done)
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                self._check(image, data, name, done)
                 image.load()
-                pixels = np.asarray(self._fit(self._plain(image, path, done), done))
+                pixels = np.asarray(self._fit(self._plain(image, name, done), done))
         except InputRefused:
             raise
         except DECODING as error:
             raise InputRefused(
-                f"{path}: cannot be decoded as an image ({_reason(error)}); replace it or take it "
+                f"{name}: cannot be decoded as an image ({_reason(error)}); replace it or take it "
                 "out of the folder, or allow bad files to be skipped"
             ) from error
+        return Picture(pixels, hashlib.sha256(data).digest(), tuple(done))
+
+    def again(self, data: bytes, name: str, key: bytes, plain: bool) -> np.ndarray:
+        """Pixels of a file that was decoded before, if it is that file to the last byte.
+
+        What was checked then need not be checked again, and where nothing was done to the pixels
+        (`plain`) they are what Pillow gives.
+
+        Raises:
+            InputRefused: another file has its name now.
+        """
+        if hashlib.sha256(data).digest() != key:
+            raise InputRefused(
+                f"{name}: is not the file that was read at the start (its SHA-256 differs); put "
+                "the old one back, or start a new run"
+            )
+        if not plain:
+            return self.decode(data, name).pixels
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        # what np.asarray gives, without the detour over its interface
+        flat = np.frombuffer(image.tobytes(), np.uint8)
+        shape = (image.height, image.width)
+        return flat.reshape(shape if len(flat) == shape[0] * shape[1] else (*shape, 3))
+
+    def count(self, done: Iterable[str]) -> None:
+        """Add to the conversions."""
         for step in done:
             self.conversions[step] = self.conversions.get(step, 0) + 1
-        return pixels, hashlib.sha256(data).digest()
 
-    def _check(self, image: Image.Image, data: bytes, path: Path, done: list[str]) -> None:
+    def _check(self, image: Image.Image, data: bytes, path: str, done: list[str]) -> None:
         """What the header tells, before any pixel is decoded."""
         pixels = image.width * image.height
         if pixels > self.pixel_limit:
@@ -101,7 +152,7 @@ class Reader:
         if "icc_profile" in image.info:
             done.append("colour profile ignored")
 
-    def _plain(self, image: Image.Image, path: Path, done: list[str]) -> Image.Image:
+    def _plain(self, image: Image.Image, path: str, done: list[str]) -> Image.Image:
         """Upright, grey or RGB, without transparency, in the wanted number of channels."""
         if image.getexif().get(ORIENTATION, 1) != 1:
             done.append("turned by EXIF orientation")
@@ -145,6 +196,24 @@ class Reader:
         box = (left, top, left + share * width, top + share * height)
         done.append("enlarged" if share < 1 else "cropped or shrunk")
         return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+
+
+def file_bytes(path: str | Path) -> bytes:
+    """All bytes of a file.
+
+    Raises:
+        InputRefused: there is none, it is empty or cannot be read.
+    """
+    try:
+        with open(path, "rb", buffering=0) as file:
+            data = file.read()
+    except OSError:
+        data = b""
+    if not data:  # ask again, to say what is wrong
+        path = existing_file(path)
+        with reading(path):
+            data = path.read_bytes()
+    return data
 
 
 @contextmanager

@@ -17,7 +17,8 @@ import zlib
 import torch
 from torch import Tensor
 
-from nelbo.data.base import CHUNK, Dataset
+from nelbo.data.base import Dataset
+from nelbo.data.part import CHUNK, Part, pieces
 from nelbo.data.transforms import colors, cosines
 
 EDGES = (0.5, 1.5, 2.5, 4, 6, 9, 13, 18, 26, 37, 1e9)
@@ -25,7 +26,7 @@ EDGES = (0.5, 1.5, 2.5, 4, 6, 9, 13, 18, 26, 37, 1e9)
 MOST_COLORS = 4
 
 
-def features(dataset: Dataset, rows: Tensor) -> Tensor:
+def features(dataset: Dataset, rows: Part) -> Tensor:
     """(n, L) float64 numbers of stored rows; L = 0 for real vectors, which have none here.
 
     Images: bytes of the compressed residuals of the median edge predictor, roughness along rows
@@ -37,8 +38,8 @@ def features(dataset: Dataset, rows: Tensor) -> Tensor:
     """
     if dataset.levels is None:
         return torch.zeros(len(rows), 0, dtype=torch.float64)
-    picture = _bits if dataset.binary or rows.dim() != 4 else _image
-    parts = [picture(part, dataset.levels) for part in rows.split(CHUNK)]
+    picture = _bits if dataset.binary or len(rows.shape) != 4 else _image
+    parts = [picture(part, dataset.levels) for part in pieces(rows, CHUNK)]
     return torch.cat(parts)
 
 

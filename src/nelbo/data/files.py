@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Literal
 
 from nelbo.errors import InputRefused
 
 LIMIT = 16 * 2**30
+Cache = Literal["auto", "ram", "none"]
 
 
 def existing(path: str | Path) -> Path:
@@ -64,6 +67,30 @@ def refuse_above(limit: int, size: int, what: str) -> None:
         )
 
 
+def in_memory(size: int, cache: Cache, limit: int, what: str) -> bool:
+    """Whether data is held in memory (auto: if it takes at most a quarter of what is free).
+
+    Arguments:
+        size: bytes. cache: what was asked for. limit: most bytes.
+
+    Raises:
+        InputRefused: it should be, and is above the limit.
+    """
+    if cache == "ram":
+        refuse_above(limit, size, what)
+    return cache == "ram" or (cache == "auto" and size <= min(limit, room()))
+
+
+def room() -> int:
+    """Bytes that one process may take for data: a quarter of the free memory, shared by ranks."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvail"))
+    except (OSError, StopIteration, ValueError):
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free // (4 * max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Turn the system's refusal to read a file into one that names it.
@@ -75,3 +102,9 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputRefused(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def state(file: Any) -> tuple[int, int]:
+    """Size and time of change of a file."""
+    found = os.stat(file)
+    return found.st_size, found.st_mtime_ns

@@ -6,16 +6,22 @@ decode to the same pixels stay together. What was done to the pixels is counted 
 
 from __future__ import annotations
 
-import os
+import math
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from nelbo.data.base import Dataset
-from nelbo.data.decoding import Reader
-from nelbo.data.files import LIMIT, existing_folder, refuse_above
+from nelbo.data.decoding import PILLOW, Reader
+from nelbo.data.files import LIMIT, Cache, existing_folder, in_memory
+from nelbo.data.folder import Folder, listing
+from nelbo.data.index import Index, recalled, remember
 from nelbo.data.provenance import Provenance
 from nelbo.data.splits import Rows, by_content, fractions
+from nelbo.data.sums import packed
+from nelbo.data.survey import Files, Survey, planar, survey
 from nelbo.errors import InputRefused
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
@@ -33,6 +39,7 @@ def images(
     reduce_16bit: bool = False,
     pixel_limit: int = PIXEL_LIMIT,
     limit: int = LIMIT,
+    cache: Cache = "auto",
 ) -> Dataset:
     """A folder of images, subfolders included, 256 levels, (C, H, W).
 
@@ -45,6 +52,7 @@ def images(
         reduce_16bit: reduce 16 bits per channel to their upper 8 instead of refusing.
         pixel_limit: most pixels that one file may declare.
         limit: most bytes that all images may take in memory.
+        cache: hold the pixels in memory (ram), decode when asked for (none), or what fits.
 
     Raises:
         InputRefused: no images, an unreadable, truncated, 16-bit or overlarge one, different sizes
@@ -52,89 +60,111 @@ def images(
     """
     if channels not in (None, 1, 3):
         raise InputRefused(f"channels {channels}: give 1 (grey) or 3 (RGB), or leave it out")
-    folder = existing_folder(path)
-    paths, ignored = _listing(folder)
+    files = listing(existing_folder(path), SUFFIXES)
     reader = Reader(_pair(size), channels, reduce_16bit, pixel_limit)
-    arrays, keys, skipped = _read_all(reader, folder, paths, skip_bad, limit)
-    values = _stacked(arrays, reader.conversions)
+    sizes = (test_fraction, validation_fraction)
+    return collection(files, reader, sizes, skip_bad=skip_bad, limit=limit, cache=cache)
+
+
+def collection(
+    files: Files,
+    reader: Reader,
+    sizes: tuple[float, float],
+    *,
+    skip_bad: int = 0,
+    limit: int = LIMIT,
+    cache: Cache = "auto",
+) -> Dataset:
+    """Encoded images, wherever they lie; see `images`.
+
+    Arguments:
+        sizes: fractions of the test and the validation part.
+    """
+    source = str(files.folder)
+
+    def keep(shape: tuple[int, ...]) -> bool:
+        size = len(files) * math.prod(shape)
+        return in_memory(size, cache, limit, f"{source} ({len(files)} images)")
+
+    key = _key(files, reader, skip_bad)
+    known = None if cache == "ram" else recalled(key, partial(_same, files, reader))
+    if known is None or keep(tuple(known.about["shape"])):
+        found = survey(reader, files, skip_bad, lambda first: keep(first.pixels.shape))
+        known = _index(found, reader)
+        rows = _rows(found, known, files, reader)
+        if found.pixels is None:
+            remember(key, known)
+    else:
+        rows = _lazy(known, files, reader)
+    about = known.about
     origin = Provenance(
-        folder.resolve().name,
-        folder,
+        files.folder.resolve().name,
+        files.folder,
         levels=256,
-        conversions=reader.conversions,
-        skipped=skipped,
-        warnings=_warnings(values, reader.conversions, skipped, ignored),
+        conversions=about["conversions"],
+        skipped=about["skipped"],
+        warnings=_warnings(about, files.ignored),
     )
-    test, validation = fractions(len(values), str(folder), test_fraction, validation_fraction)
-    return by_content(Rows(values, keys=keys), origin, test=test, validation=validation)
+    test, validation = fractions(len(known.sums), source, *sizes)
+    return by_content(rows, origin, test=test, validation=validation)
 
 
-def _listing(folder: Path) -> tuple[list[Path], int]:
-    """Image files in a fixed order, and the number of other visible files."""
-    found, seen = [], set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        # A link to a folder above would be walked for ever.
-        folders[:] = [] if real in seen else [name for name in folders if name[0] != "."]
-        if real not in seen:
-            found += [Path(place) / name for name in names if name[0] != "."]
-        seen.add(real)
-    paths = sorted(path for path in found if path.suffix.lower() in SUFFIXES)
-    if not paths:
-        other = f" among {len(found)} file(s)" if found else ""
-        raise InputRefused(
-            f"{folder}: holds no images{other}; put files of these kinds there: "
-            f"{', '.join(sorted(SUFFIXES))}"
-        )
-    return paths, len(found) - len(paths)
+def _key(files: Files, reader: Reader, skip_bad: int) -> dict[str, Any]:
+    """What tells one reading of one folder from another; decoders differ between versions."""
+    how = [reader.size, reader.channels, reader.reduce_16bit, reader.pixel_limit, skip_bad]
+    path = str(files.folder.resolve())
+    return {"kind": "folder", "path": path, "files": files.state, "how": how, "pillow": PILLOW}
 
 
-def _read_all(
-    reader: Reader, folder: Path, paths: list[Path], skip_bad: int, limit: int
-) -> tuple[list[np.ndarray], list[bytes], list[str]]:
-    arrays: list[np.ndarray] = []
-    keys: list[bytes] = []
-    skipped: list[str] = []
-    first = paths[0]
-    for path in paths:
-        try:
-            pixels, key = reader.read(path)
-        except InputRefused:
-            if len(skipped) >= skip_bad:
-                raise
-            skipped.append(str(path.relative_to(folder)))
-            continue
-        if not arrays:
-            refuse_above(limit, pixels.nbytes * len(paths), f"{folder} ({len(paths)} images)")
-            first = path
-        elif pixels.shape[:2] != arrays[0].shape[:2]:
-            raise InputRefused(
-                f"{path}: is {_across(pixels)}, but {first} is {_across(arrays[0])}; give a size "
-                "to crop and resize all to (--size)"
-            )
-        arrays.append(pixels)
-        keys.append(key)
-    return arrays, keys, skipped
+def _index(found: Survey, reader: Reader) -> Index:
+    """What the record and a later reading need; grey ones are repeated if others have colour."""
+    channels = 1 if all(found.grey) else 3
+    repeated = sum(found.grey) if channels == 3 else 0
+    conversions = dict(reader.conversions)
+    if repeated:
+        conversions["grey to RGB"] = conversions.get("grey to RGB", 0) + repeated
+    about = {
+        "shape": [channels, *(found.shape or (1, 1))],
+        "conversions": conversions,
+        "skipped": found.skipped,
+        "colourless": channels == 3 and found.colourless,
+    }
+    sums = packed([sums[channels == 3] for sums in found.sums])
+    more = {
+        "keys": packed(found.keys),
+        "kept": np.array(found.kept, np.int64),
+        "plain": np.array(found.plain, bool),
+    }
+    return Index(sums, about, more)
 
 
-def _stacked(arrays: list[np.ndarray], conversions: dict[str, int]) -> np.ndarray:
-    """(n, C, H, W): grey if all are, else grey repeated in three channels; empties the list."""
-    if not arrays:
-        return np.empty((0, 1, 1, 1), np.uint8)
-    channels = 3 if any(array.ndim == 3 for array in arrays) else 1
-    values = np.empty((len(arrays), channels, *arrays[0].shape[:2]), np.uint8)
-    grey = sum(array.ndim == 2 for array in arrays)
-    if channels == 3 and grey:
-        conversions["grey to RGB"] = conversions.get("grey to RGB", 0) + grey
-    for i in range(len(arrays)):
-        values[i] = arrays[i] if arrays[i].ndim == 2 else np.moveaxis(arrays[i], 2, 0)
-        arrays[i] = np.empty(0)
-    return values
+def _rows(found: Survey, known: Index, files: Files, reader: Reader) -> Rows:
+    if found.pixels is None:
+        return _lazy(known, files, reader)
+    values = np.empty((len(found.pixels), *known.about["shape"]), np.uint8)
+    for i in range(len(found.pixels)):
+        values[i] = planar(found.pixels[i], values.shape[1])
+        found.pixels[i] = np.empty(0)
+    return Rows(values, keys=known.more["keys"], sums=known.sums)
 
 
-def _warnings(
-    values: np.ndarray, conversions: dict[str, int], skipped: list[str], ignored: int
-) -> list[str]:
+def _lazy(known: Index, files: Files, reader: Reader) -> Rows:
+    folder = _folder(files, reader, known)
+    return Rows(folder, keys=known.more["keys"], sums=known.sums)
+
+
+def _folder(files: Files, reader: Reader, known: Index) -> Folder:
+    kept, keys, plain = (known.more[name] for name in ("kept", "keys", "plain"))
+    channels, height, width = known.about["shape"]
+    return Folder(files, kept, keys, plain, (channels, height, width), reader)
+
+
+def _same(files: Files, reader: Reader, known: Index, rows: np.ndarray) -> bool:
+    return _folder(files, reader, known).same(rows)
+
+
+def _warnings(about: dict[str, Any], ignored: int) -> list[str]:
+    conversions, skipped = about["conversions"], about["skipped"]
     changed = (
         "transparency flattened on black",
         "transparent colour ignored",
@@ -146,7 +176,7 @@ def _warnings(
         notes.append(f"{len(skipped)} bad file(s) skipped: {', '.join(skipped)}")
     if ignored:
         notes.append(f"{ignored} file(s) with other suffixes left alone")
-    if values.shape[1] == 3 and all(bool((image == image[:1]).all()) for image in values):
+    if about["colourless"]:
         notes.append("all images are grey, yet stored in three channels: channels=1 would do")
     return notes
 
@@ -158,7 +188,3 @@ def _pair(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
     if min(pair) < 1:
         raise InputRefused(f"size {size}: give a positive side, or height and width")
     return pair
-
-
-def _across(pixels: np.ndarray) -> str:
-    return f"{pixels.shape[1]} x {pixels.shape[0]} pixels"

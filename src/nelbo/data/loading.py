@@ -54,6 +54,6 @@ def evaluation_batches(n: int, batch: int) -> list[Tensor]:
     return list(torch.split(torch.arange(n), batch))
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)
 def _epoch(n: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(n, generator=generator(seed, "order", epoch))

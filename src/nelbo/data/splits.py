@@ -10,7 +10,6 @@ are dropped.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,12 +18,13 @@ import torch
 from torch import Tensor
 
 from nelbo.data.base import Dataset
+from nelbo.data.part import Lazy, taken
 from nelbo.data.provenance import Provenance
+from nelbo.data.statistics import note_levels, scaling
+from nelbo.data.sums import packed, sums_of
 from nelbo.errors import InputRefused
 
 LEAST = 2
-FEW_LEVELS = 128
-LATTICE_ROWS = 4096
 PARTS = ("train", "validation", "test")
 
 
@@ -33,21 +33,24 @@ class Rows:
     """Examples as read.
 
     Arguments:
-        values: (n, C, H, W) uint8 levels or (n, D) float64.
+        values: (n, C, H, W) uint8 levels or (n, D) float64; in memory, or read when asked for.
         labels: (n,) integers, where known.
         keys: n sort keys, when the examples' own bytes are not to decide: the decoding of an image
             may differ between library versions, its file does not.
+        sums: (n,) S32, the SHA-256 of each example's bytes, where it is known already.
     """
 
-    values: np.ndarray
+    values: np.ndarray | Lazy
     labels: np.ndarray | None = None
-    keys: list[bytes] | None = None
+    keys: Sequence[bytes] | np.ndarray | None = None
+    sums: np.ndarray | None = None
 
-
-def digests(values: np.ndarray) -> list[bytes]:
-    """SHA-256 of each example's bytes, little-endian and in C order."""
-    plain = np.ascontiguousarray(values)
-    return [hashlib.sha256(row.tobytes()).digest() for row in plain]
+    def own(self) -> np.ndarray:
+        """(n,) S32: the SHA-256 of each example's bytes."""
+        if self.sums is not None:
+            return self.sums
+        assert isinstance(self.values, np.ndarray)
+        return sums_of(self.values)
 
 
 def fractions(total: int, source: str, *wanted: float) -> list[int]:
@@ -81,21 +84,22 @@ def by_content(rows: Rows, origin: Provenance, *, test: int, validation: int) ->
     Raises:
         InputRefused: constant data, or a part of fewer than two examples.
     """
-    own = digests(rows.values)
+    own = rows.own()
     _refuse_constant(own, origin)
-    group = _groups(own, rows.keys or own)
-    order = sorted(range(len(own)), key=group.__getitem__)
+    group = own if rows.keys is None else _groups(own, packed(rows.keys))
+    order = np.argsort(group, kind="stable")
     first = _cut(order, group, test)
     second = _cut(order, group, first + validation) if validation else first
     parts = {"train": order[second:], "validation": order[first:second], "test": order[:first]}
-    key = "the file" if rows.keys else "the example's bytes"
+    key = "the example's bytes" if rows.keys is None else "the file"
     rule = f"order of the SHA-256 of {key}: first test, then validation, then training"
     return _assemble(
         origin,
-        {part: rows.values[index] for part, index in parts.items()},
+        {part: taken(rows.values, index) for part, index in parts.items()},
         {part: _labels(rows, index) for part, index in parts.items()},
         parts,
         rule,
+        {part: own[index] for part, index in parts.items()},
         own,
     )
 
@@ -120,53 +124,55 @@ def by_part(
     given = validation if isinstance(validation, Rows) else None
     held = {"test": test} if given is None else {"test": test, "validation": given}
     _refuse_other_shapes(train, held, origin)
-    own = {part: digests(rows.values) for part, rows in {"train": train, **held}.items()}
+    own = {part: rows.own() for part, rows in {"train": train, **held}.items()}
     _refuse_constant(own["train"], origin)
     rest = _without_copies(own, origin)
-    order = sorted(rest, key=own["train"].__getitem__)
+    order = rest[np.argsort(own["train"][rest], kind="stable")]
     count = 0 if isinstance(validation, Rows) else _cut(order, own["train"], validation)
-    taken, kept = order[:count], sorted(order[count:])
-    index = {"train": kept, "validation": taken, "test": list(range(len(test.values)))}
+    index = {"train": np.sort(order[count:]), "validation": order[:count]}
+    index["test"] = np.arange(len(test.values))
     source = {"train": train, "validation": train, "test": test}
     rule = "the set's own test part; validation: first of training by the SHA-256 of the bytes"
     if given is not None:
-        index["validation"], source["validation"] = list(range(len(given.values))), given
+        index["validation"], source["validation"] = np.arange(len(given.values)), given
         rule = "the set's own training, validation and test parts"
     return _assemble(
         origin,
-        {part: source[part].values[index[part]] for part in PARTS},
+        {part: taken(source[part].values, index[part]) for part in PARTS},
         {part: _labels(source[part], index[part]) for part in PARTS},
         index,
         rule,
-        [digest for part in own.values() for digest in part],
+        {part: own[part if part in own else "train"][index[part]] for part in PARTS},
+        np.concatenate(list(own.values())),
     )
 
 
-def _groups(own: list[bytes], keys: Sequence[bytes]) -> list[bytes]:
+def _groups(own: np.ndarray, keys: np.ndarray) -> np.ndarray:
     """For each example the least key among its copies, so that copies sort together."""
-    least: dict[bytes, bytes] = {}
-    for digest, key in zip(own, keys, strict=True):
-        least[digest] = min(key, least.get(digest, key))
-    return [least[digest] for digest in own]
+    kinds, kind = np.unique(own, return_inverse=True)
+    least = np.empty(len(kinds), "S32")
+    falling = np.argsort(keys, kind="stable")[::-1]
+    least[kind[falling]] = keys[falling]  # of equal places the last, and so the least, stays
+    return least[kind]
 
 
-def _cut(order: Sequence[int], group: Sequence[bytes], at: int) -> int:
+def _cut(order: np.ndarray, group: np.ndarray, at: int) -> int:
     """The first place from `at` on where a cut does not separate copies."""
     while 0 < at < len(order) and group[order[at - 1]] == group[order[at]]:
         at += 1
     return min(at, len(order))
 
 
-def _without_copies(own: dict[str, list[bytes]], origin: Provenance) -> list[int]:
+def _without_copies(own: dict[str, np.ndarray], origin: Provenance) -> np.ndarray:
     """Training examples that occur in no other part."""
-    held = {digest for part, sums in own.items() if part != "train" for digest in sums}
-    rest = [i for i, digest in enumerate(own["train"]) if digest not in held]
+    held = np.concatenate([sums for part, sums in own.items() if part != "train"])
+    rest = np.flatnonzero(~np.isin(own["train"], held))
     if dropped := len(own["train"]) - len(rest):
         origin.conversions["training examples dropped: they occur in the held-out parts"] = dropped
     return rest
 
 
-def _labels(rows: Rows, index: list[int]) -> Tensor | None:
+def _labels(rows: Rows, index: np.ndarray) -> Tensor | None:
     if rows.labels is None:
         return None
     return torch.from_numpy(rows.labels[index].astype(np.int64))
@@ -174,22 +180,22 @@ def _labels(rows: Rows, index: list[int]) -> Tensor | None:
 
 def _assemble(
     origin: Provenance,
-    values: dict[str, np.ndarray],
+    parts: dict[str, Tensor | Lazy],
     labels: dict[str, Tensor | None],
-    rows: dict[str, list[int]],
+    rows: dict[str, np.ndarray],
     rule: str,
-    sums: list[bytes],
+    ordered: dict[str, np.ndarray],
+    sums: np.ndarray,
 ) -> Dataset:
     for part in ("train", "test"):
-        if len(values[part]) < LEAST:
+        if len(parts[part]) < LEAST:
             raise InputRefused(
-                f"{origin.source}: {len(values[part])} examples are left for the {part} part, at "
+                f"{origin.source}: {len(parts[part])} examples are left for the {part} part, at "
                 f"least {LEAST} are needed; add examples that are not copies, or change the split"
             )
     known = {part: label for part, label in labels.items() if label is not None}
-    parts = {part: torch.from_numpy(np.ascontiguousarray(values[part])) for part in PARTS}
-    shift, scale = _scaling(parts["train"], origin)
-    _note_levels(parts["train"], origin)
+    shift, scale = scaling(parts["train"], origin, rows["train"])
+    note_levels(parts["train"], origin)
     return Dataset(
         name=origin.name,
         train=parts["train"],
@@ -198,50 +204,14 @@ def _assemble(
         levels=origin.levels,
         shift=shift,
         scale=scale,
-        record=origin.record(parts, rule, sums),
+        record=origin.record(parts, rule, sums, ordered=ordered),
         labels=known if len(known) == len(PARTS) else None,
         rows={part: torch.tensor(index, dtype=torch.int64) for part, index in rows.items()},
     )
 
 
-def _scaling(train: Tensor, origin: Provenance) -> tuple[Tensor, float | Tensor]:
-    """Mean and standard deviation of each dimension of training vectors; 0 and 1 for images."""
-    if origin.levels is not None:
-        return torch.zeros((), dtype=torch.float64), 1.0
-    shift, scale = train.mean(0), train.std(0, correction=0)
-    bad = torch.nonzero(~(torch.isfinite(scale) & (scale > 1e-12 * shift.abs()))).flatten()
-    if len(bad):
-        raise InputRefused(
-            f"{origin.source}: column(s) {_few(bad.tolist())} are constant (or beyond the range "
-            "of float64) in the training part, so they have no density; remove them"
-        )
-    return shift, scale
-
-
-def _note_levels(train: Tensor, origin: Provenance) -> None:
-    """Warn where the figure in bits/dim would mislead: few levels in use, or a lattice."""
-    if origin.levels is None:
-        some = train[:LATTICE_ROWS].numpy()
-        few = [d for d in range(some.shape[1]) if 2 * len(np.unique(some[:, d])) < len(some)]
-        if few:
-            origin.warnings.append(
-                f"column(s) {_few(few)} repeat their values: a density can grow without limit on "
-                "such data, and the bound says little"
-            )
-        return
-    seen = np.zeros(origin.levels, bool)
-    for rows in torch.split(train, LATTICE_ROWS):
-        seen[rows.numpy()] = True
-    used = int(seen.sum())
-    if used <= FEW_LEVELS < origin.levels:
-        origin.warnings.append(
-            f"only {used} of {origin.levels} levels occur: bits/dim are not comparable with those "
-            "of images that use them all"
-        )
-
-
-def _refuse_constant(own: list[bytes], origin: Provenance) -> None:
-    if len(set(own)) == 1 and len(own) > 1:
+def _refuse_constant(own: np.ndarray, origin: Provenance) -> None:
+    if len(own) > 1 and bool((own == own[0]).all()):
         raise InputRefused(
             f"{origin.source}: all {len(own)} examples are the same (constant data); there is "
             "nothing to learn from them"
@@ -255,8 +225,3 @@ def _refuse_other_shapes(train: Rows, held: dict[str, Rows], origin: Provenance)
                 f"{origin.source}: training examples have shape {train.values.shape[1:]}, those "
                 f"of the {part} part {rows.values.shape[1:]}; give both the same"
             )
-
-
-def _few(items: Sequence[int]) -> str:
-    shown = ", ".join(map(str, items[:8]))
-    return shown if len(items) <= 8 else f"{shown}, ... ({len(items)} in all)"

@@ -48,13 +48,13 @@ def dataset_of(options: GameOptions) -> Dataset:
     if isinstance(options, o.DigitsGame):
         return digits(options.validation)
     if isinstance(options, o.VectorsGame):
-        return _vectors(open_path(options.path))
+        return _vectors(open_path(options.path, cache=options.cache))
     if isinstance(options, o.Cifar10Game):
         return cifar10(options.path)
     if isinstance(options, o.ImagesGame):
-        return _images(open_path(options.path, size=options.size))
+        return _images(open_path(options.path, size=options.size, cache=options.cache))
     if isinstance(options, o.MnistGame):
-        return _images(open_path(options.path))
+        return _images(open_path(options.path, cache=options.cache))
     assert isinstance(options, KnownLaw)
     return known_law(options, options.seed)
 

@@ -13,6 +13,7 @@ from nelbo.binary import BernoulliDecoder, BinaryParameterization, Context, Flip
 from nelbo.data.base import Dataset
 from nelbo.data.bitrows import bitrows
 from nelbo.data.heartbeat import heartbeat, patterns
+from nelbo.data.part import pieces
 from nelbo.decoders import EdgeFixed
 from nelbo.errors import UsageError
 from nelbo.objectives import Vlb
@@ -58,7 +59,8 @@ def bit_decoder(options: BitDiffusion) -> Decoder:
 def rate_of(options: BitDiffusion, dataset: Dataset) -> float:
     """Pi: the number of the options, or the share of ones in the training part."""
     if options.stationary == "data":
-        return int(dataset.train.sum()) / dataset.train.numel()
+        ones = sum(int(rows.sum()) for rows in pieces(dataset.train))
+        return ones / (len(dataset.train) * dataset.dims)
     return options.stationary
 
 

@@ -68,11 +68,13 @@ def build(options: o.Options) -> Recipe:
         if isinstance(options, o.DeadLeaves | o.Texture):
             return _pictures(options)
         if isinstance(options, o.Vectors):
-            return _vectors(options, open_path(options.path))
+            return _vectors(options, open_path(options.path, cache=options.cache))
         if isinstance(options, o.Images):
-            return _images(options, open_path(options.path, size=options.size))
+            return _images(
+                options, open_path(options.path, size=options.size, cache=options.cache)
+            )
         if isinstance(options, o.Mnist):
-            return _mnist(options, open_path(options.path))
+            return _mnist(options, open_path(options.path, cache=options.cache))
         assert isinstance(options, o.Cifar10)
         return _cifar10(options)
 

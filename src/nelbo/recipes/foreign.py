@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nelbo import console
 from nelbo.data.base import Dataset
+from nelbo.data.part import pieces
 from nelbo.data.sources import open_path
 from nelbo.errors import InputRefused, UsageError
 from nelbo.interop import diffusers, openai
@@ -108,7 +109,8 @@ def _fitted(
         raise UsageError(f"--size is for a folder of images, which {data} is not")
     if dataset.shape() != foreign.shape:
         raise InputRefused(_misfit(foreign.shape, dataset.shape(), path, data, folder))
-    most = int(max(part.max() for part in (dataset.train, dataset.test)))
+    both = (dataset.train, dataset.test)
+    most = max(int(rows.max()) for part in both for rows in pieces(part))
     if dataset.levels < foreign.levels or most >= foreign.levels:
         have = f"{dataset.levels} levels" if dataset.levels < foreign.levels else f"level {most}"
         raise InputRefused(

@@ -25,6 +25,10 @@ class Control:
     """Where to compute."""
     threads: int | None = None
     """CPU threads; as many as there are cores by default."""
+    cache: Literal["auto", "ram", "none"] = "auto"
+    """Hold the data of a path in memory (ram), read them batch by batch (none), or what fits."""
+    ahead: int = 2
+    """Batches that a thread prepares before they are needed; 0 for no thread."""
     json: bool = False
     """Print one JSON document on stdout instead of tables."""
     quiet: bool = False

@@ -42,6 +42,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "draws": COUNT,
     "samples": COUNT,
     "threads": COUNT,
+    "ahead": (0, 1024),
     "latents": COUNT,
     "logsnr_max": (-1e3, 1e3),
     "logsnr_min": (-1e3, 1e3),

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from nelbo import objectives
 from nelbo.data.base import Dataset
 from nelbo.data.mixture import GaussianMixture
+from nelbo.data.part import pieces
 from nelbo.decoders import (
     Density,
     Discretized,
@@ -235,10 +236,11 @@ def level_head(network: nn.Module, dataset: Dataset, waves: int) -> LevelHead:
     levels = dataset.levels
     assert levels is not None
     head = LevelHead(network, dataset.shape(), levels, waves)
-    rows = dataset.train.long()
-    counts = torch.stack([(rows == j).double().sum(0) for j in range(levels)], 1)
+    counts = torch.zeros(dataset.shape()[0], levels, *dataset.shape()[1:], dtype=torch.float64)
+    for rows in pieces(dataset.train):
+        counts += torch.stack([(rows == j).sum(0) for j in range(levels)], 1)
     overall = counts.mean((0, 2, 3), keepdim=True) + 0.1
-    head.start_at((counts + 5 * overall / overall.sum()) / (len(rows) + 5))
+    head.start_at((counts + 5 * overall / overall.sum()) / (len(dataset.train) + 5))
     return head
 
 

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from nelbo import console
-from nelbo.data.base import CHUNK, Dataset
+from nelbo.data.base import Dataset
+from nelbo.data.part import CHUNK, pieces
 from nelbo.decoders import EdgeFixed
 from nelbo.entropy import EntropyForm, entropy_form, step_entropies
 from nelbo.estimate import Estimate
@@ -55,7 +56,7 @@ def form_of(subject: Subject, rows: Tensor, result: Evaluation) -> EntropyForm:
     divergences = result.values()["diffusion"]
     parts = [
         entropy_form(process, subject.dataset.encode(some), subject.times, kl)
-        for some, kl in zip(rows.split(CHUNK), divergences.split(CHUNK), strict=True)
+        for some, kl in zip(pieces(rows), divergences.split(CHUNK), strict=True)
     ]
     names = [field.name for field in dataclasses.fields(EntropyForm)]
     return EntropyForm(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
@@ -143,7 +144,7 @@ def deviation(dataset: Dataset) -> float:
     levels = dataset.levels
     assert levels is not None
     counts = torch.zeros(levels, dtype=torch.float64)
-    for rows in dataset.train.split(CHUNK):
+    for rows in pieces(dataset.train):
         counts += torch.bincount(rows.flatten().long(), minlength=levels)
     share, level = counts / counts.sum(), torch.arange(levels, dtype=torch.float64)
     mean = (share * level).sum()

@@ -11,6 +11,7 @@ from torch import Tensor
 from nelbo import console
 from nelbo.commands import Evaluate
 from nelbo.data.base import Dataset
+from nelbo.data.part import head
 from nelbo.errors import UsageError
 from nelbo.estimate import Estimate
 from nelbo.evaluation import TERMS, Evaluation
@@ -132,7 +133,7 @@ def write(
         extra: what else the document says. found: the weights of joint trajectories, if drawn.
     """
     subject = stored.subject
-    rows = getattr(subject.dataset, request.split)[: request.limit]
+    rows = head(getattr(subject.dataset, request.split), request.limit)
     known = comparison.entry(subject, rows, result)
     tighter = {} if found is None else weighted.entry(found, subject.dataset.dims)
     value = {**document(subject, stored.step, request, result), **extra, **tighter, **known}
@@ -275,7 +276,7 @@ def request_of(options: Evaluate) -> Request:
 def _weigh(subject: Subject, request: Request, device: str) -> ImportanceWeighted | None:
     if request.importance is None:
         return None
-    rows = getattr(subject.dataset, request.split)[: request.limit]
+    rows = head(getattr(subject.dataset, request.split), request.limit)
     weighing = weighted.Weighing(
         request.importance, request.seed, request.batch, request.quiet, device
     )

@@ -72,8 +72,9 @@ def reals(options: Compare, against: list[Opponent]) -> Reals:
         rows = dataset.all
         unseen = ", taken to be unseen by the runs" if datasets else ""
         return Reals(dataset.name, dataset, rows, None, f"all {len(rows)} rows{unseen}")
-    fit = torch.cat((dataset.train, dataset.validation))
-    return Reals(dataset.name, dataset, dataset.test, fit, f"test part, {len(dataset.test)} rows")
+    fit = torch.cat((dataset.train[:], dataset.validation[:]))
+    test = dataset.test[:]
+    return Reals(dataset.name, dataset, test, fit, f"test part, {len(test)} rows")
 
 
 def _named(options: Compare) -> Dataset:

@@ -72,7 +72,7 @@ def _parted(options: Compare, held: Reals) -> tuple[Tensor, Tensor]:
     if held.fit is not None:
         return held.fit, held.rows
     if held.dataset.truth is not None:
-        return held.dataset.train, held.rows  # the rows are draws of their own
+        return held.dataset.train[:], held.rows  # the rows are draws of their own
     order = torch.randperm(len(held.rows), generator=generator(options.seed, "features"))
     count = round(FITTED * len(held.rows))
     return held.rows[order[:count]], held.rows[order[count:]]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from nelbo import console
+from nelbo.data.part import head
 from nelbo.evaluation import Evaluation
 from nelbo.evaluation import measure as measure_bounds
 from nelbo.fewcalls import Plan, Target
@@ -58,7 +59,7 @@ def measure(
         plan: the devices of a few-call evaluation, if they were made before; see `plan_of`.
     """
     dataset = subject.dataset
-    rows = getattr(dataset, request.split)[: request.limit]
+    rows = head(getattr(dataset, request.split), request.limit)
     pilot = dataset.train[: request.pilot]
     tensors = [*models[0].parameters(), *models[0].buffers()]
     device = tensors[0].device if tensors else torch.device("cpu")  # an exact denoiser has none
@@ -88,7 +89,7 @@ def plan_of(subject: Subject, request: Request) -> Plan | None:
     if not request.few(len(subject.times)):
         return None
     dataset = subject.dataset
-    rows = getattr(dataset, request.split)[: request.limit]
+    rows = head(getattr(dataset, request.split), request.limit)
     return devices.plan_of(subject, rows, dataset.train[: request.pilot], request.without)
 
 

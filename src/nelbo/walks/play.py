@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from nelbo import report
 from nelbo.averages import Halving
 from nelbo.commands import Compare
+from nelbo.data.feed import Feed
 from nelbo.data.loading import batch_indices
 from nelbo.gan import DiscriminatorLoss, GeneratorLoss
 from nelbo.randomness import seeded
@@ -91,9 +92,8 @@ def trainer_of(recipe: GameRecipe, device: str) -> Trainer:
     options, dataset, rules = recipe.options, recipe.dataset, recipe.rules
     game = recipe.game.to(device)
 
-    def batch(move: int) -> Tensor:
-        rows = batch_indices(len(dataset.train), options.batch, options.seed, move)
-        return dataset.encode(dataset.train[rows]).to(device)
+    def order(move: int) -> Tensor:
+        return batch_indices(len(dataset.train), options.batch, options.seed, move)
 
     def progress() -> float:
         return max(0, trainer.step - options.warmup) / max(trainer.steps - options.warmup, 1)
@@ -110,7 +110,7 @@ def trainer_of(recipe: GameRecipe, device: str) -> Trainer:
             Player(DISCRIMINATOR, critic, adam(critic), loss_critic, moves, averaged=False),
             Player(GENERATOR, maker, adam(maker), GeneratorLoss(game, rules)),
         ],
-        batch,
+        Feed(dataset, order, device, options.ahead, options.steps * (moves + 1)),
         Rate(options.rate, options.steps, options.warmup, options.decay),
         steps=options.steps,
         seed=options.seed,

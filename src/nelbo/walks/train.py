@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nelbo import console, report
 from nelbo.averages import Warming
+from nelbo.data.feed import Feed
 from nelbo.data.loading import batch_indices
 from nelbo.design import enough
 from nelbo.errors import InputRefused, ResourceExhausted
@@ -57,6 +58,7 @@ def run(options: Run, arguments: list[str]) -> int:
             session.fail(error)
         raise
     finally:
+        trainer.close()
         directory.release()
     return code
 
@@ -78,7 +80,8 @@ def _begin(directory: RunDirectory, options: Run, arguments: list[str]) -> Train
     if options.resume and directory.begun():
         directory.open()
         directory.lock()
-        training = _made(options_of(directory))
+        kept = options_of(directory)
+        training = _made(dataclasses.replace(kept, cache=options.cache, ahead=options.ahead))
         check_data(directory, training.dataset)
         _say_ignored(options, training.options)
         return training
@@ -143,9 +146,8 @@ def trainer_of(recipe: Recipe, device: str) -> Trainer:
     if options.compile:
         model.network.compile()
 
-    def batch(step: int) -> Tensor:
-        rows = batch_indices(len(dataset.train), options.batch, options.seed, step)
-        return dataset.encode(dataset.train[rows]).to(device)
+    def order(step: int) -> Tensor:
+        return batch_indices(len(dataset.train), options.batch, options.seed, step)
 
     # biases, gains and position maps are not shrunk: zero means nothing special there
     shrunk = [p for name, p in model.named_parameters() if p.ndim >= 2 and not _placed(name)]
@@ -164,7 +166,7 @@ def trainer_of(recipe: Recipe, device: str) -> Trainer:
     player = Player(PLAYER, model, optimizer, lambda x_0: recipe.objective(model, x_0))
     return Trainer(
         [player],
-        batch,
+        Feed(dataset, order, device, options.ahead, options.steps),
         Rate(options.rate, options.steps, options.warmup, options.decay),
         steps=options.steps,
         seed=options.seed,

@@ -34,7 +34,7 @@ def measure(subject: Subject, rows: Tensor, weighing: Weighing) -> ImportanceWei
     with console.Meter("importance weights", 1, "calls", weighing.quiet) as meter:
         return importance_weighted(
             subject.model.to(weighing.device),
-            subject.dataset.encode(rows),
+            subject.dataset.encode(rows[:]),
             subject.times,
             weighing.draws,
             seed=weighing.seed,
