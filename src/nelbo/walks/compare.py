@@ -19,7 +19,7 @@ from torch import Tensor
 from nelbo import console
 from nelbo.certificate import Certificate, certify
 from nelbo.commands import Compare
-from nelbo.data.splits import digests
+from nelbo.data.sums import digests
 from nelbo.design import enough
 from nelbo.errors import UsageError
 from nelbo.estimate import Estimate
