@@ -373,12 +373,6 @@ def test_autocast_is_around_the_loss_alone() -> None:
     assert seen == [torch.bfloat16] and net.weight.dtype == torch.float32
 
 
-def test_ranks_draw_noise_of_their_own() -> None:
-    first, second = trainer(1), trainer(1)
-    second.rank = 1
-    assert next(iter(first)).losses != next(iter(second)).losses
-
-
 def test_fewer_examples_than_a_batch() -> None:
     with pytest.raises(InputRefused, match="fewer than a batch of 11"):
         batch_indices(10, 11, 0, 0)

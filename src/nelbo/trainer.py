@@ -1,8 +1,18 @@
 r"""Training: players that minimise their losses in turn, one update each per iteration.
 
 Diffusion has one player, a game has two. `Trainer` is an iterator of `Record`s and knows neither
-files nor screens. All randomness of update k is a function of (seed, k, rank): a run continued
-from the state after k updates is, bit for bit on a CPU, the run that was never interrupted.
+files nor screens. All randomness of update k is a function of (seed, k, place in the batch): a run
+continued from the state after k updates is, bit for bit on a CPU, the run that was never
+interrupted.
+
+Under several ranks each computes its rows of the batch,
+
+    ∇ (1/B) Σ_b ℓ_b = Σ_ranks ∇ (1/B) Σ_{b of the rank} ℓ_b,
+
+and the gradients are added up once per move, before they are clipped: the same update as that of
+one process with the same batch, whether B divides or not. It is a plain sum, after the backward
+pass: a game's loss runs one player inside the other's, and a gradient penalty differentiates
+twice, both of which a wrapper with hooks on the module would have to be talked out of.
 
 Averages of the weights (`nelbo.averages`) are kept beside those of every player that wants one.
 """
@@ -18,9 +28,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from nelbo import distributed
 from nelbo.averages import EMA, Decay
 from nelbo.errors import NumericalFailure
-from nelbo.randomness import seeded
+from nelbo.randomness import rows_of
 
 
 class Stateful(Protocol):
@@ -40,7 +51,7 @@ class Player(NamedTuple):
     module: nn.Module
     optimizer: torch.optim.Optimizer
     loss: Callable[[Tensor], Tensor]
-    """(B, *shape) -> (B,) per-example losses; draws from the global generator."""
+    """(B, *shape) -> (B,) per-example losses; draws by `nelbo.randomness.by_row`."""
     moves: int = 1
     """Updates of this player in one update of the trainer, each on a batch of its own."""
     averaged: bool = True
@@ -89,15 +100,17 @@ class Trainer:
 
     Arguments:
         players: in the order in which they move.
-        batch: move number -> (B, *shape); every move has a batch of its own.
+        batch: move number -> (B, *shape); every move has a batch of its own. Under several ranks
+            the rows of this rank, `distributed.spans(whole, accumulation)`.
         rate: learning rate by update number, for all players.
         steps: updates in all.
-        seed, rank: every draw of update k is a function of (seed, k, rank).
+        seed: every draw of update k is a function of (seed, k, place in the batch).
         ema: decay of the averaged weights, by update.
         clip: largest gradient norm, None for no clipping.
         accumulation: parts into which a batch is split to save memory.
         autocast: a function that gives the context of the forward pass (bf16), or None.
         carried: what else belongs to the state, by the name of its group of tensors.
+        whole: examples of a batch on all ranks together; as many as `batch` gives, if None.
     """
 
     def __init__(
@@ -108,25 +121,28 @@ class Trainer:
         *,
         steps: int,
         seed: int,
-        rank: int = 0,
         ema: Decay,
         clip: float | None = None,
         accumulation: int = 1,
         autocast: Callable[[], AbstractContextManager[None]] | None = None,
         carried: Mapping[str, Stateful] | None = None,
+        whole: int | None = None,
     ) -> None:
         self.players = players
         self.batch = batch
         self.rate = rate
         self.steps = steps
         self.seed = seed
-        self.rank = rank
         self.clip = clip
         self.accumulation = accumulation
         self.autocast = autocast if autocast is not None else nullcontext
         self.carried = {} if carried is None else dict(carried)
         self.averages = {p.name: EMA(p.module, ema) for p in players if p.averaged}
+        assert whole is not None or distributed.world_size() == 1, "ranks share a known batch"
+        self.whole = whole
         self.step = 0
+        self.settled = True
+        """Whether no player has moved since the update `step`."""
 
     def __iter__(self) -> Iterator[Record]:
         while self.step < self.steps:
@@ -145,30 +161,42 @@ class Trainer:
             for k in range(player.moves):
                 number = self.step * player.moves + k
                 x_0 = self.batch(move)
-                examples, move = examples + len(x_0), move + 1
-                with seeded(self.seed, "train", player.name, number, self.rank):
-                    losses[player.name], norms[player.name] = self._move(player, x_0, rate)
+                examples, move = examples + (self.whole or len(x_0)), move + 1
+                losses[player.name], norms[player.name] = self._move(player, number, x_0, rate)
             if player.averaged:
                 self.averages[player.name].update(player.module, self.step)
         self.step += 1
+        self.settled = True
         return Record(self.step, losses, norms, rate, examples)
 
-    def _move(self, player: Player, x_0: Tensor, rate: float) -> tuple[float, float]:
+    def _move(self, player: Player, number: int, x_0: Tensor, rate: float) -> tuple[float, float]:
         player.module.train()
         player.optimizer.zero_grad(set_to_none=True)
-        total = 0.0
-        for part in x_0.chunk(self.accumulation):
-            with self.autocast():
-                loss = player.loss(part).sum() / len(x_0)
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
+        mine = self._backward(player, number, x_0)
+        total = _summed(list(player.module.parameters()), mine)
         limit = math.inf if self.clip is None else self.clip
         norm = float(nn.utils.clip_grad_norm_(player.module.parameters(), limit))
         self._check(player.name, total, norm)
         for group in player.optimizer.param_groups:
             group["lr"] = rate
+        self.settled = False
         player.optimizer.step()
         return total, norm
+
+    def _backward(self, player: Player, number: int, x_0: Tensor) -> float:
+        """This rank's part of the mean loss, and of its gradient."""
+        whole, total = self.whole or len(x_0), 0.0
+        pieces = distributed.spans(whole, self.accumulation)
+        parts = x_0.split([len(piece) for piece in pieces])
+        for piece, part in zip(pieces, parts, strict=True):
+            with (
+                rows_of(piece, whole, self.seed, "train", player.name, number),
+                self.autocast(),
+            ):
+                loss = player.loss(part).sum() / whole
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        return total
 
     def _check(self, name: str, loss: float, norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
@@ -208,6 +236,23 @@ class Trainer:
         for name in self.carried_state():
             self.carried[name].load_state_dict(state[name])
         self.step = step
+
+
+def _summed(parameters: list[nn.Parameter], loss: float) -> float:
+    """Add up the gradients of all ranks, and their parts of a loss.
+
+    A parameter that had no part in any rank's loss keeps no gradient, as in one process.
+    """
+    if distributed.world_size() == 1:
+        return loss
+    used = [float(p.grad is not None) for p in parameters]
+    found = distributed.total(torch.tensor([loss, *used], dtype=torch.float64))
+    for parameter, count in zip(parameters, found[1:].tolist(), strict=True):
+        if count and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    distributed.total_of(gradients)
+    return float(found[0])
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -25,6 +25,8 @@ class Control:
     """Where to compute."""
     threads: int | None = None
     """CPU threads; as many as there are cores by default."""
+    dist_timeout: float = 600.0
+    """Under torchrun: seconds to wait for a rank that does not answer."""
     json: bool = False
     """Print one JSON document on stdout instead of tables."""
     quiet: bool = False

@@ -42,6 +42,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "draws": COUNT,
     "samples": COUNT,
     "threads": COUNT,
+    "dist_timeout": (1e-3, 1e7),
     "latents": COUNT,
     "logsnr_max": (-1e3, 1e3),
     "logsnr_min": (-1e3, 1e3),

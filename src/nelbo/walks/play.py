@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nelbo import report
+from nelbo import distributed, report
 from nelbo.averages import Halving
 from nelbo.commands import Compare
 from nelbo.data.loading import batch_indices
@@ -91,8 +91,10 @@ def trainer_of(recipe: GameRecipe, device: str) -> Trainer:
     options, dataset, rules = recipe.options, recipe.dataset, recipe.rules
     game = recipe.game.to(device)
 
+    mine = distributed.rows_of(options.batch)
+
     def batch(move: int) -> Tensor:
-        rows = batch_indices(len(dataset.train), options.batch, options.seed, move)
+        rows = batch_indices(len(dataset.train), options.batch, options.seed, move)[mine]
         return dataset.encode(dataset.train[rows]).to(device)
 
     def progress() -> float:
@@ -116,6 +118,7 @@ def trainer_of(recipe: GameRecipe, device: str) -> Trainer:
         seed=options.seed,
         ema=Halving(options.half_life, options.batch),
         clip=None if options.clip is None else options.clip * dataset.dims,
+        whole=options.batch,
     )
     return trainer
 
@@ -149,7 +152,7 @@ class GameWatch(Watch):
         found = {
             "loss": self._mean(GENERATOR),
             "loss_discriminator": self._mean(DISCRIMINATOR),
-            "jsd_plugin": self._plug_in(),
+            "jsd_plugin": self._plug_in(everywhere=True),
             "grad_norm": last.grad_norms[GENERATOR] / dims,
             "grad_norm_discriminator": last.grad_norms[DISCRIMINATOR] / dims,
         }
@@ -159,10 +162,11 @@ class GameWatch(Watch):
     def _mean(self, name: str) -> float:
         return math.fsum(r.losses[name] for r in self.records) / len(self.records)
 
-    def _plug_in(self) -> float:
+    def _plug_in(self, everywhere: bool = False) -> float:
+        """Of this rank's logits, or of those of all: then all come here."""
         loss = self.trainer.players[0].loss
         assert isinstance(loss, DiscriminatorLoss)
-        return loss.plug_in()
+        return loss.plug_in(everywhere)
 
     def validate(self) -> Validation | None:
         """Samples of the averaged generator against the validation part; the same z every time."""

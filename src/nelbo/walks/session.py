@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nelbo import checkpoint, console
-from nelbo.errors import InputRefused, exit_code
+from torch import Tensor
+
+from nelbo import checkpoint, console, distributed
+from nelbo.errors import InputRefused, RankLost, exit_code
 from nelbo.files import set_aside
 from nelbo.recipes.groups import Start
 from nelbo.rundir import RunDirectory
@@ -48,7 +51,16 @@ class Session:
         )
 
     def fail(self, error: BaseException) -> None:
-        """Write down how this start ended; the way to a bug goes to log.txt."""
+        """Write down how this start ended; the way to a bug goes to log.txt.
+
+        What was done before another rank failed is saved, where it is whole.
+        """
+        if (
+            isinstance(error, RankLost)
+            and self.trainer.settled
+            and not self.trainer.carried_state()
+        ):
+            self._write(self.trainer.state_dict())
         code = exit_code(error)
         self.status("failed" if code < 128 else "stopped", code, str(error))
         if code == 1:
@@ -59,18 +71,30 @@ class Session:
     def restore(self, resume: bool) -> None:
         """Load the newest valid checkpoint of a run that is continued."""
         root = self.directory.checkpoints
-        if not resume or not checkpoint.steps(root):
+        if not resume or not distributed.on_main(lambda: bool(checkpoint.steps(root))):
             self.directory.rewind(0)
+            self._align()
             self.save()  # a disk that cannot hold it is found out now
             return
         self.seconds = self.directory.seconds()
-        step = self._load_newest()
-        for newer, path in checkpoint.steps(root):
-            if newer > step:
-                set_aside(path)  # its step will be saved again; nothing is lost
+        step = distributed.on_main(self._load_newest)
+        if not distributed.is_main():
+            self._load(checkpoint.step_path(root, step), step)
+        distributed.on_main(lambda: self._set_aside(step))
+        self._align()
         self.directory.rewind(step)
         console.say(f"continuing {self.directory.path} after step {step}")
         self.directory.log(f"continuing after step {step}")
+
+    def _set_aside(self, step: int) -> None:
+        for newer, path in checkpoint.steps(self.directory.checkpoints):
+            if newer > step:
+                set_aside(path)  # its step will be saved again; nothing is lost
+
+    def _align(self) -> None:
+        """All ranks begin with the weights of the first one, to the last bit."""
+        for player in self.trainer.players:
+            distributed.same(player.module.state_dict().values())
 
     def _load_newest(self) -> int:
         """Load the newest checkpoint that is valid and fits; its step."""
@@ -101,12 +125,18 @@ class Session:
         self.trainer.load_state_dict(tensors, step)
 
     def save(self) -> None:
-        """A checkpoint of now; then keep the best and the last."""
+        """A checkpoint of now; then keep the best and the last. All ranks come here."""
+        state = self.trainer.state_dict()
+        distributed.on_main(lambda: self._write(state))
+
+    def _write(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        if not distributed.is_main():
+            return
         root = self.directory.checkpoints
         info = {"step": self.trainer.step, "validation": self.validation}
         path = checkpoint.step_path(root, self.trainer.step)
         if not path.exists():
-            checkpoint.save(path, self.trainer.state_dict(), info)
+            checkpoint.save(path, state, info)
         best = best_step(self.directory)
         newest = [step for step, _ in checkpoint.steps(root)][-self.options.keep :]
         checkpoint.prune(root, {self.trainer.step, *newest, *(() if best is None else (best,))})
@@ -129,6 +159,7 @@ class Session:
                     self.validate()
                 if record.step % max(1, trainer.steps // LOG_POINTS) == 0 or last:
                     self._log(record.rate)
+                stop.agree()
                 if stop.signal is not None or last or record.step % options.save_every == 0:
                     self.save()
                 if stop.signal is not None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nelbo import console, report
+from nelbo import console, distributed, report
 from nelbo.averages import Warming
 from nelbo.data.loading import batch_indices
 from nelbo.design import enough
@@ -75,11 +75,12 @@ def _made(options: Run) -> Training:
 
 def _begin(directory: RunDirectory, options: Run, arguments: list[str]) -> Training:
     """A new directory, or with --resume the one that exists."""
-    if options.resume and directory.begun():
+    if distributed.on_main(lambda: options.resume and directory.begun()):
         directory.open()
-        directory.lock()
+        distributed.on_main(directory.lock)
         training = _made(options_of(directory))
         check_data(directory, training.dataset)
+        _check_ranks(training)
         _say_ignored(options, training.options)
         return training
     training = _made(options)
@@ -92,8 +93,25 @@ def _begin(directory: RunDirectory, options: Run, arguments: list[str]) -> Train
         "data": training.dataset.record,
         "model": training.model(),
     }
-    directory.create(about, arguments)
+    _check_ranks(training)
+    distributed.on_main(lambda: directory.create(about, arguments))
     return training
+
+
+def _check_ranks(training: Training) -> None:
+    """Refuse ranks that read different data, or have nothing to do.
+
+    Raises:
+        InputRefused: the data differ. UsageError: more ranks than a part of the batch has rows.
+    """
+    distributed.spans(training.options.batch, getattr(training.options, "accumulation", 1))
+    mine = str(training.dataset.record.get("sha256"))
+    first = distributed.on_main(lambda: mine)
+    if distributed.agree_any(first != mine):
+        raise InputRefused(
+            "the ranks do not read the same data (their SHA-256 differ): give every machine the "
+            "same files"
+        )
 
 
 def _say_ignored(options: Run, own: Run) -> None:
@@ -143,8 +161,10 @@ def trainer_of(recipe: Recipe, device: str) -> Trainer:
     if options.compile:
         model.network.compile()
 
+    mine = distributed.rows_of(options.batch, options.accumulation)
+
     def batch(step: int) -> Tensor:
-        rows = batch_indices(len(dataset.train), options.batch, options.seed, step)
+        rows = batch_indices(len(dataset.train), options.batch, options.seed, step)[mine]
         return dataset.encode(dataset.train[rows]).to(device)
 
     # biases, gains and position maps are not shrunk: zero means nothing special there
@@ -173,6 +193,7 @@ def trainer_of(recipe: Recipe, device: str) -> Trainer:
         accumulation=options.accumulation,
         autocast=_autocast(device) if options.bf16 else None,
         carried={"objective": recipe.objective},
+        whole=options.batch,
     )
 
 
@@ -201,6 +222,8 @@ def finish(session: Session, recipe: Recipe, device: str) -> None:
     request = Request("test", calls, options.seed, quiet=session.quiet)
     (result,) = measure(recipe, [recipe.model], request)
     extra = evaluating.truth(recipe, request)
+    if not distributed.is_main():
+        return  # what is left is for one
     value = evaluating.write(stored_run, request, result, extra)
     times = recipe.times
     samples, strip = sampling.draw(
