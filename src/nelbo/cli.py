@@ -228,6 +228,8 @@ def main(arguments: list[str] | None = None) -> int:
     # tyro colours its help whenever the terminal can, also where NO_COLOR is set
     if os.environ.get("NO_COLOR"):
         os.environ.setdefault("PYTHON_TYRO_ANSI_CODES", "False")
+    if "RANK" in os.environ:  # what becomes of a rank is told in a sentence, not by stack traces
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     return _guarded(arguments)
 
 

@@ -16,13 +16,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous as meet
 
 from nelbo.errors import RankLost, UsageError, exit_code
 
 TIMEOUT = 600.0
 GRACE = 3.0
 """Seconds in which a rank that failed can say so."""
-_store: dist.Store | None = None
+_store: Store | None = None
 _timeout = TIMEOUT
 
 
@@ -52,8 +54,8 @@ def init(timeout: float = TIMEOUT, rendezvous: str = "env://", device: str = "au
         backend = "cpu:gloo,cuda:nccl"
     wait, _timeout = timedelta(seconds=timeout), timeout
     place, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store, place, world = next(dist.rendezvous(rendezvous, place, world, timeout=wait))
-    _store = dist.PrefixStore("nelbo", store)
+    store, place, world = next(meet(rendezvous, place, world, timeout=wait))
+    _store = PrefixStore("nelbo", store)
     dist.init_process_group(backend, store=store, rank=place, world_size=world, timeout=wait)
 
 
@@ -115,11 +117,11 @@ def answered() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        waited = time.monotonic() - start
         told = _heard()
         if told is not None:
             text = f"rank {told['rank']} failed: {told['text']}"
             raise RankLost(text, told["code"], told=True) from error
-        waited = time.monotonic() - start
         raise RankLost(
             f"a rank is gone, or did not answer within {_timeout:g} s (this one waited "
             f"{waited:.0f} s): see what its own log says, and continue with --resume; a rank "
@@ -129,12 +131,15 @@ def answered() -> Iterator[None]:
 
 def _heard() -> dict[str, Any] | None:
     """What the first rank that failed has said, if it did."""
+    global _store
     deadline = time.monotonic() + GRACE
     while _store is not None and time.monotonic() < deadline:
-        with suppress(RuntimeError, ValueError):  # the store may be gone as well
+        try:
             if _store.check(["failed"]):
                 said: dict[str, Any] = json.loads(_store.get("failed"))
                 return said
+        except RuntimeError:
+            _store = None  # gone with the rank that kept it
         time.sleep(0.05)
     return None
 
