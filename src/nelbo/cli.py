@@ -170,9 +170,11 @@ def report(arguments: list[str]) -> int:
 def doctor(arguments: list[str]) -> int:
     """Check this machine and installation."""
     options = _parse("Doctor", arguments)
+    from nelbo.distributed import joined
     from nelbo.walks import doctor as walk
 
-    return walk.run(options.json)
+    with joined():
+        return walk.run(options.json)
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {

@@ -20,6 +20,7 @@ from torch import Tensor
 from nelbo.errors import InputRefused, NumericalFailure, ResourceExhausted, UsageError
 from nelbo.ranks import (
     answered,
+    backend,
     init,
     is_main,
     joined,
@@ -28,7 +29,7 @@ from nelbo.ranks import (
     world_size,
 )
 
-__all__ = ["init", "is_main", "joined", "rank", "shutdown", "world_size"]
+__all__ = ["backend", "init", "is_main", "joined", "rank", "shutdown", "world_size"]
 
 T = TypeVar("T")
 BUCKET = 1 << 24
@@ -179,3 +180,17 @@ def spans(whole: int, parts: int = 1) -> list[range]:
 def rows_of(whole: int, parts: int = 1) -> Tensor:
     """The places (n_r,) of `spans`, one after the other."""
     return torch.cat([torch.arange(span.start, span.stop) for span in spans(whole, parts)])
+
+
+def in_order(mine: Tensor, lengths: list[int]) -> Tensor:
+    """Rows of items that were dealt to the ranks in turn, on every rank in the order of the items.
+
+    Arguments:
+        mine: (n_r, ...) rows of this rank's items, those with number % world_size() == rank().
+        lengths: rows of each item.
+    """
+    world = world_size()
+    if world == 1:
+        return mine
+    shares = [s.split(lengths[r::world]) for r, s in enumerate(gather(mine))]
+    return torch.cat([shares[k % world][k // world] for k in range(len(lengths))])

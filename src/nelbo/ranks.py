@@ -101,6 +101,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def backend() -> str | None:
+    """By what the processes talk: gloo, or gloo and nccl; None for a single one."""
+    return dist.get_backend_config() if dist.is_initialized() else None
+
+
 def is_main() -> bool:
     """Whether this process prints and saves."""
     return rank() == 0

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nelbo import distributed
 from nelbo.certificate import Certificate, certify
 from nelbo.commands import Compare
 from nelbo.design import enough
@@ -45,6 +46,8 @@ EXACT, MOST_BOUNDED = 1_000_000, 5000
 def run(options: Compare) -> None:
     """`nelbo compare`: open, compare, write, print."""
     documents = compared(options)
+    if not distributed.is_main():
+        return
     if options.json:
         whole = documents[0] if len(documents) == 1 else {"schema": 1, "compared": documents}
         print(json.dumps(whole, indent=1))
@@ -53,17 +56,21 @@ def run(options: Compare) -> None:
 
 
 def compared(options: Compare) -> list[dict[str, Any]]:
-    """A document for every opponent, written where there is a place for it."""
+    """A document for every opponent, written where there is a place for it.
+
+    Ranks draw the chains and measure the bound together; each fits the classifiers for itself,
+    and what counts, is counted and is written are those of the first.
+    """
     device = device_of(options.device)
-    check(options)
+    distributed.on_main(lambda: check(options))
     against = opponents(options, device)
     held = reals(options, against)
-    ledger = Ledger(default_path("looks.jsonl"))
+    ledger = Ledger(default_path("looks.jsonl")) if distributed.is_main() else None
     documents = []
     for one in against:
         document, arrays = confront(options, held, one, ledger)
         place = _place(options, held, one, len(against))
-        if place is not None:
+        if place is not None and distributed.is_main():
             write(place, document, arrays)
             document["written"] = f"{place}.json"
         documents.append(document)

@@ -182,7 +182,8 @@ class GameWatch(Watch):
         far = sliced_wasserstein(real.repeat(copies, 1), fake)
         apart = multiscale_mmd2(real, fake, self.reach)
         kept = {"mean": apart, "unit": "MMD^2, model's scale", "n": len(rows)}
-        jsd = f"JSD (training D, not certified) {self._plug_in():.3f} nats"
+        plug_in = self._plug_in(everywhere=True)
+        jsd = f"JSD (training D, not certified) {plug_in:.3f} nats"
         text = f"validation: MMD^2 {apart:.3g}, sliced Wasserstein {far:.3g}; {jsd}"
         return Validation(kept, {"mmd2": apart, "sliced_wasserstein": far}, text)
 
@@ -190,9 +191,13 @@ class GameWatch(Watch):
 def finish(session: Session, played: Played) -> None:
     """Sample, report, print where."""
     options = played.recipe.options
-    samples = draw(played, options.samples, options.seed, session.quiet)
-    paths = write_beside(session.directory.samples, played.recipe.dataset, samples)
+    paths = {}
+    if distributed.is_main():
+        samples = draw(played, options.samples, options.seed, session.quiet)
+        paths = write_beside(session.directory.samples, played.recipe.dataset, samples)
     found = _compared(session, played) if options.compare else []
+    if not distributed.is_main():
+        return  # what is left is for one
     session.status("finished", 0)
     page = report.write(session.directory.path)
     if session.options.json:
