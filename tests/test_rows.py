@@ -55,7 +55,7 @@ def test_pieces_draw_what_the_batch_draws(block: int, monkeypatch: pytest.Monkey
 def test_rows_that_are_picked_draw_their_own() -> None:
     def some(rows: range) -> Tensor:
         every = by_row(len(rows), lambda n, g: torch.randn(n, generator=g))
-        with picked(torch.arange(0, len(rows), 2)):
+        with picked(torch.arange(0, len(rows), 2), "some"):
             half = by_row(-(-len(rows) // 2), lambda n, g: torch.randn(n, generator=g))
         again = by_row(len(rows), lambda n, g: torch.randn(n, generator=g))
         assert not torch.equal(every, again)
@@ -99,7 +99,12 @@ WAYS = {
     "second-moment": {"times": "second-moment"},
     "continuous": {"objective": "continuous", "schedule": "learned"},
     "simple": {"objective": "simple"},
-    "hybrid": {"objective": "hybrid", "variance": "between"},
+    "hybrid": {
+        "objective": "hybrid",
+        "variance": "between",
+        "predict": "epsilon",
+        "decoder": "discretized",
+    },
     "augmented": {"augment": 0.5},
     "members": {"members": 2},
     "levels": {"predict": "levels"},
@@ -113,6 +118,9 @@ def losses(kind: str, cuts: list[int]) -> Tensor:
     recipe = build(options)
     x_0 = recipe.dataset.encode(recipe.dataset.train[:11])
     model = recipe.model.train()
+    torch.manual_seed(5)
+    for parameter in model.network.parameters():  # fresh networks put out zeros
+        parameter.data += 0.05 * torch.randn_like(parameter)
     return pieces(cuts, lambda rows: recipe.objective(model, x_0[rows.start : rows.stop]).detach())
 
 

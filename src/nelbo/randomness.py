@@ -67,14 +67,22 @@ class Rows:
 
     Arguments:
         seed, parts: of the batch; see `key`.
+        picked: places in the piece that are drawn for alone, from streams of their own.
     """
 
-    def __init__(self, span: range, whole: int, seed: int, parts: tuple[str | int, ...]) -> None:
+    def __init__(
+        self,
+        span: range,
+        whole: int,
+        seed: int,
+        parts: tuple[str | int, ...],
+        picked: Tensor | None = None,
+    ) -> None:
         assert 0 <= span.start < span.stop <= whole, "a piece has rows, and lies in its batch"
         self.span, self.whole = span, whole
         self.seed, self.parts = seed, parts
         self.blocks = range(span.start // BLOCK, (span.stop - 1) // BLOCK + 1)
-        self.picked: Tensor | None = None
+        self.picked = picked
         self._own: dict[tuple[str, str], torch.Generator] = {}
 
     def draw(self, count: int, make: Draw, device: torch.device) -> Tensor:
@@ -96,7 +104,7 @@ class Rows:
 
     def _stream(self, block: int, device: torch.device) -> torch.Generator | None:
         # the first block draws from torch's own generators: a compiled network knows no other
-        if block == self.blocks[0]:
+        if block == self.blocks[0] and self.picked is None:
             return None
         return self._generator(str(block), device)
 
@@ -129,20 +137,20 @@ def rows_of(span: range, whole: int, seed: int, *parts: str | int) -> Iterator[N
 
 
 @contextmanager
-def picked(rows: Tensor) -> Iterator[None]:
-    """Draw for some of the rows of the piece alone.
+def picked(rows: Tensor, purpose: str) -> Iterator[None]:
+    """Draw for some of the rows of the piece alone, whether or not others do so before.
 
     Arguments:
-        rows: (k,) int64 places in the piece.
+        rows: (k,) int64 places in the piece. purpose: names the streams.
     """
-    if _rows is None:
-        yield
-        return
-    before, _rows.picked = _rows.picked, rows
+    global _rows
+    before = _rows
+    if before is not None:
+        _rows = Rows(before.span, before.whole, before.seed, (*before.parts, purpose), rows)
     try:
         yield
     finally:
-        _rows.picked = before
+        _rows = before
 
 
 def by_row(count: int, make: Draw, device: torch.device | str = "cpu") -> Tensor:

@@ -101,7 +101,7 @@ class Ensemble(nn.Module):
             if not len(rows):
                 continue
             here = rows.to(x_t.device)
-            with picked(rows):
+            with picked(rows, f"member {k}"):
                 part = member(x_t[here], times[here], None if cond is None else cond[here])
             if out is None:
                 out = part.new_zeros(len(x_t), *part.shape[1:])
