@@ -113,6 +113,53 @@ def test_losses_are_those_of_one_process(ranks: Ranks, tmp_path: Path) -> None:
         assert all(v < most.get(name.rpartition(", ")[2], CLOSE) for name, v in off.items()), off
 
 
+def sharded(rank: int, folder: str) -> int:
+    """Train in shards; its whole state, and where it goes on from a state of whole tensors."""
+    joined(rank)
+    straight = diffusion(shard=True)
+    records = list(straight)
+    before = diffusion(shard=True)
+    before.steps = 4
+    list(before)
+    after = diffusion(shard=True)
+    after.load_state_dict(before.state_dict(), 4)
+    resumed = [r.losses["model"] for r in after]
+    state = straight.state_dict()
+    parts: list[Any] = [
+        p for p in straight.players[0].module.parameters() if hasattr(p, "full_tensor")
+    ]
+    found = {
+        "losses": [r.losses["model"] for r in records],
+        "norms": [r.grad_norms["model"] for r in records],
+        "resumed": resumed,
+        "held": sum(p.to_local().numel() for p in parts),
+        "shapes": {n: list(t.shape) for g in state for n, t in state[g].items()},
+    }
+    whole = straight.averages["model"].whole()
+    assert all(torch.equal(t, state["model-ema"][n]) for n, t in whole.state_dict().items())
+    distributed.shutdown()
+    Path(folder, f"sharded{rank}.json").write_text(json.dumps(found))
+    return 0
+
+
+def test_shards(ranks: Ranks, tmp_path: Path) -> None:
+    """The same losses, half of the weights on each, checkpoints of whole tensors."""
+    assert ranks.run(sharded, 2, tmp_path) == [0, 0], logs(tmp_path)
+    alone = diffusion()
+    records = list(alone)
+    total = sum(p.numel() for p in alone.players[0].module.parameters())
+    state = alone.state_dict()
+    shapes = {n: list(t.shape) for g in state for n, t in state[g].items()}
+    for rank in range(2):
+        found = json.loads((tmp_path / f"sharded{rank}.json").read_text())
+        assert found["losses"] == pytest.approx([r.losses["model"] for r in records], rel=CLOSE)
+        norms = [r.grad_norms["model"] for r in records]
+        assert found["norms"] == pytest.approx(norms, rel=5e-6)
+        assert found["resumed"] == pytest.approx(found["losses"][4:], rel=CLOSE)
+        assert 0.4 * total < found["held"] < 0.6 * total
+        assert found["shapes"] == shapes
+
+
 def averaged_shares(rank: int, folder: str) -> int:
     """The planted error: a mean of the ranks' means, which weighs an uneven batch wrong."""
     joined(rank)

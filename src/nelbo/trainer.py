@@ -28,7 +28,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from nelbo import distributed
+from nelbo import distributed, sharding
 from nelbo.averages import EMA, Decay
 from nelbo.errors import NumericalFailure
 from nelbo.randomness import rows_of
@@ -111,6 +111,7 @@ class Trainer:
         autocast: a function that gives the context of the forward pass (bf16), or None.
         carried: what else belongs to the state, by the name of its group of tensors.
         whole: examples of a batch on all ranks together; as many as `batch` gives, if None.
+        dealt: averages of players that are dealt to ranks (`nelbo.sharding`), by name.
     """
 
     def __init__(
@@ -127,6 +128,7 @@ class Trainer:
         autocast: Callable[[], AbstractContextManager[None]] | None = None,
         carried: Mapping[str, Stateful] | None = None,
         whole: int | None = None,
+        dealt: Mapping[str, EMA] | None = None,
     ) -> None:
         self.players = players
         self.batch = batch
@@ -137,7 +139,14 @@ class Trainer:
         self.accumulation = accumulation
         self.autocast = autocast if autocast is not None else nullcontext
         self.carried = {} if carried is None else dict(carried)
-        self.averages = {p.name: EMA(p.module, ema) for p in players if p.averaged}
+        known = {} if dealt is None else dealt
+        self.averages = {
+            p.name: known[p.name] if p.name in known else EMA(p.module, ema)
+            for p in players
+            if p.averaged
+        }
+        # a network that is dealt averages the gradients of its ranks, where a sum is wanted
+        self.share = distributed.world_size() if known else 1
         assert whole is not None or distributed.world_size() == 1, "ranks share a known batch"
         self.whole = whole
         self.step = 0
@@ -175,7 +184,7 @@ class Trainer:
         mine = self._backward(player, number, x_0)
         total = _summed(list(player.module.parameters()), mine)
         limit = math.inf if self.clip is None else self.clip
-        norm = float(nn.utils.clip_grad_norm_(player.module.parameters(), limit))
+        norm = float(sharding.whole(nn.utils.clip_grad_norm_(player.module.parameters(), limit)))
         self._check(player.name, total, norm)
         for group in player.optimizer.param_groups:
             group["lr"] = rate
@@ -194,7 +203,7 @@ class Trainer:
                 self.autocast(),
             ):
                 loss = player.loss(part).sum() / whole
-            loss.backward()  # type: ignore[no-untyped-call]
+            (loss * self.share).backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         return total
 
@@ -211,12 +220,16 @@ class Trainer:
         )
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """All tensors of the state by group; the step number is `self.step`."""
+        """All tensors of the state by group; the step number is `self.step`.
+
+        Of players that are dealt to ranks the whole tensors: all ranks come here.
+        """
         state: dict[str, dict[str, Tensor]] = {}
         for player in self.players:
-            state[player.name] = dict(player.module.state_dict())
+            state[player.name] = _wholes(player.module.state_dict())
             if player.averaged:
-                state[f"{player.name}-ema"] = dict(self.averages[player.name].module.state_dict())
+                average = self.averages[player.name].module
+                state[f"{player.name}-ema"] = _wholes(average.state_dict())
             state[f"{player.name}-optimizer"] = _optimizer_tensors(player.optimizer)
         return state | self.carried_state()
 
@@ -228,10 +241,10 @@ class Trainer:
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
         """Continue from a state after `step` updates; names and shapes must match exactly."""
         for player in self.players:
-            player.module.load_state_dict(dict(state[player.name]))
+            sharding.load(player.module, state[player.name])
             if player.averaged:
                 average = self.averages[player.name].module
-                average.load_state_dict(dict(state[f"{player.name}-ema"]))
+                sharding.load(average, state[f"{player.name}-ema"])
             _load_optimizer(player.optimizer, state[f"{player.name}-optimizer"])
         for name in self.carried_state():
             self.carried[name].load_state_dict(state[name])
@@ -245,6 +258,7 @@ def _summed(parameters: list[nn.Parameter], loss: float) -> float:
     """
     if distributed.world_size() == 1:
         return loss
+    parameters = [p for p in parameters if not sharding.is_part(p)]
     used = [float(p.grad is not None) for p in parameters]
     found = distributed.total(torch.tensor([loss, *used], dtype=torch.float64))
     for parameter, count in zip(parameters, found[1:].tolist(), strict=True):
@@ -255,10 +269,14 @@ def _summed(parameters: list[nn.Parameter], loss: float) -> float:
     return float(found[0])
 
 
+def _wholes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: sharding.whole(tensor) for name, tensor in state.items()}
+
+
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     state = optimizer.state_dict()["state"]
     return {
-        f"{index}.{name}": value
+        f"{index}.{name}": sharding.whole(value)
         for index, entry in state.items()
         for name, value in entry.items()
         if isinstance(value, Tensor)
@@ -267,8 +285,12 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     entries: dict[int, dict[str, Tensor]] = {}
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
     for key, value in tensors.items():
         index, name = key.split(".", 1)
-        entries.setdefault(int(index), {})[name] = value.clone()
+        mine = value.clone()
+        if value.shape == weights[int(index)].shape:
+            mine = sharding.part_of(mine, weights[int(index)])
+        entries.setdefault(int(index), {})[name] = mine
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": entries, "param_groups": groups})

@@ -27,6 +27,8 @@ class Control:
     """CPU threads; as many as there are cores by default."""
     dist_timeout: float = 600.0
     """Under torchrun: seconds to wait for a rank that does not answer."""
+    shard: bool = False
+    """Under torchrun: deal weights, gradients and moments to the ranks, 1/W each (FSDP2)."""
     json: bool = False
     """Print one JSON document on stdout instead of tables."""
     quiet: bool = False

@@ -32,6 +32,7 @@ from nelbo import distributed, report
 from nelbo.averages import Halving
 from nelbo.commands import Compare
 from nelbo.data.loading import batch_indices
+from nelbo.errors import UsageError
 from nelbo.gan import DiscriminatorLoss, GeneratorLoss
 from nelbo.randomness import seeded
 from nelbo.recipes.recipe import GameRecipe
@@ -89,6 +90,8 @@ class Playing(Training):
 def trainer_of(recipe: GameRecipe, device: str) -> Trainer:
     """The trainer of a game: k moves of the discriminator, then one of the generator."""
     options, dataset, rules = recipe.options, recipe.dataset, recipe.rules
+    if options.shard:
+        raise UsageError("--shard is for diffusion models; a game's players are kept whole")
     game = recipe.game.to(device)
 
     mine = distributed.rows_of(options.batch)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nelbo import checkpoint, console, distributed
+from nelbo import checkpoint, console, distributed, sharding
 from nelbo.errors import InputRefused, RankLost, exit_code
 from nelbo.files import set_aside
 from nelbo.recipes.groups import Start
@@ -55,11 +55,9 @@ class Session:
 
         What was done before another rank failed is saved, where it is whole.
         """
-        if (
-            isinstance(error, RankLost)
-            and self.trainer.settled
-            and not self.trainer.carried_state()
-        ):
+        trainer = self.trainer
+        whole = trainer.settled and trainer.share == 1 and not trainer.carried_state()
+        if isinstance(error, RankLost) and whole:
             self._write(self.trainer.state_dict())
         code = exit_code(error)
         self.status("failed" if code < 128 else "stopped", code, str(error))
@@ -94,7 +92,7 @@ class Session:
     def _align(self) -> None:
         """All ranks begin with the weights of the first one, to the last bit."""
         for player in self.trainer.players:
-            distributed.same(player.module.state_dict().values())
+            distributed.same(sharding.plain(player.module.state_dict().values()))
 
     def _load_newest(self) -> int:
         """Load the newest checkpoint that is valid and fits; its step."""

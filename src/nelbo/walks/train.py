@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from contextlib import AbstractContextManager, suppress
@@ -10,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nelbo import console, distributed, report
-from nelbo.averages import Warming
+from nelbo import console, distributed, report, sharding
+from nelbo.averages import EMA, Warming
 from nelbo.data.loading import batch_indices
 from nelbo.design import enough
-from nelbo.errors import InputRefused, ResourceExhausted
+from nelbo.errors import InputRefused, ResourceExhausted, UsageError
 from nelbo.recipes.adversarial import build_game
 from nelbo.recipes.build import build
 from nelbo.recipes.families import Run, family_of, flag_of, folder_name, name_of, stored
@@ -78,7 +79,8 @@ def _begin(directory: RunDirectory, options: Run, arguments: list[str]) -> Train
     if distributed.on_main(lambda: options.resume and directory.begun()):
         directory.open()
         distributed.on_main(directory.lock)
-        training = _made(options_of(directory))
+        own = options_of(directory)
+        training = _made(dataclasses.replace(own, shard=options.shard))
         check_data(directory, training.dataset)
         _check_ranks(training)
         _say_ignored(options, training.options)
@@ -150,7 +152,7 @@ class Diffusing(Training):
         return BoundWatch(self.recipe, trainer)
 
     def finish(self, session: Session, device: str) -> None:
-        averaged: Any = session.trainer.averages[PLAYER].module
+        averaged: Any = session.trainer.averages[PLAYER].whole()
         finish(session, dataclasses.replace(self.recipe, model=averaged), device)
 
 
@@ -158,6 +160,7 @@ def trainer_of(recipe: Recipe, device: str) -> Trainer:
     """The trainer of a recipe; batches and noise are functions of (seed, step)."""
     options, dataset = recipe.options, recipe.dataset
     model = recipe.model.to(device)
+    dealt = _deal(recipe, device) if options.shard else None
     if options.compile:
         model.network.compile()
 
@@ -194,7 +197,25 @@ def trainer_of(recipe: Recipe, device: str) -> Trainer:
         autocast=_autocast(device) if options.bf16 else None,
         carried={"objective": recipe.objective},
         whole=options.batch,
+        dealt=dealt,
     )
+
+
+def _deal(recipe: Recipe, device: str) -> dict[str, EMA]:
+    """Deal the network to the ranks, in place, and its average, which is made before.
+
+    Raises:
+        UsageError: something outside of the network learns as well.
+    """
+    inside = {id(p) for p in recipe.model.network.parameters()}
+    if any(p.requires_grad and id(p) not in inside for p in recipe.model.parameters()):
+        raise UsageError("--shard deals a network; a schedule that learns is none: leave it out")
+    distributed.same(recipe.model.state_dict().values())
+    shadow, whole = copy.deepcopy(recipe.model), copy.deepcopy(recipe.model)
+    for model in (recipe.model, shadow):
+        sharding.shard(model.network, device)
+    average = EMA(recipe.model, Warming(recipe.options.ema), (shadow, whole))
+    return {PLAYER: average}
 
 
 def _placed(name: str) -> bool:
