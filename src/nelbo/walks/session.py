@@ -21,6 +21,7 @@ from nelbo.walks.signals import Stop
 from nelbo.walks.stored import best_step
 from nelbo.walks.watch import Watch
 
+State = Mapping[str, Mapping[str, Tensor]]
 LOG_POINTS = 400
 """Lines of training loss in metrics.jsonl, about."""
 
@@ -75,9 +76,10 @@ class Session:
             self.save()  # a disk that cannot hold it is found out now
             return
         self.seconds = self.directory.seconds()
-        step = distributed.on_main(self._load_newest)
+        expected = self.trainer.state_dict()  # of parts: all ranks bring it together
+        step = distributed.on_main(lambda: self._load_newest(expected))
         if not distributed.is_main():
-            self._load(checkpoint.step_path(root, step), step)
+            self._load(checkpoint.step_path(root, step), step, expected)
         distributed.on_main(lambda: self._set_aside(step))
         self._align()
         self.directory.rewind(step)
@@ -94,12 +96,12 @@ class Session:
         for player in self.trainer.players:
             distributed.same(sharding.plain(player.module.state_dict().values()))
 
-    def _load_newest(self) -> int:
+    def _load_newest(self, expected: State) -> int:
         """Load the newest checkpoint that is valid and fits; its step."""
         root, problems = self.directory.checkpoints, []
         for step, path in reversed(checkpoint.steps(root)):
             try:
-                self._load(path, step)
+                self._load(path, step, expected)
             except InputRefused as error:
                 problems.append(str(error))
                 continue
@@ -109,9 +111,8 @@ class Session:
             return step
         raise InputRefused("\n".join([f"{root}: holds no valid checkpoint", *problems]))
 
-    def _load(self, path: Path, step: int) -> None:
+    def _load(self, path: Path, step: int, expected: State) -> None:
         tensors = checkpoint.load(path).tensors
-        expected = self.trainer.state_dict()
         for player in self.trainer.players:
             averages = [f"{player.name}-ema"] if player.averaged else []
             for name in (player.name, *averages):
@@ -127,7 +128,7 @@ class Session:
         state = self.trainer.state_dict()
         distributed.on_main(lambda: self._write(state))
 
-    def _write(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def _write(self, state: State) -> None:
         if not distributed.is_main():
             return
         root = self.directory.checkpoints
