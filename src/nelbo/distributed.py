@@ -125,8 +125,10 @@ def same(tensors: Iterable[Tensor]) -> None:
     if world_size() == 1:
         return
     for tensor in tensors:
-        with answered(), torch.no_grad():
-            dist.broadcast(tensor, 0)
+        dense = tensor.detach().contiguous()
+        with answered():
+            dist.broadcast(dense, 0)
+        tensor.detach().copy_(dense)
 
 
 def on_main(work: Callable[[], T]) -> T:
