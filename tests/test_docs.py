@@ -40,7 +40,8 @@ def commands() -> list[list[str]]:
     lines = [line for page in PAGES for block in blocks(page, "sh") for line in block.splitlines()]
     inline = [text for page in PAGES for text in re.findall(r"`(nelbo [^`]+)`", page.read_text())]
     words = [shlex.split(line) for line in [*lines, *inline]]
-    return [found[1:] for found in words if found[0] == "nelbo"]
+    own = [found[found.index("nelbo") :] for found in words if "nelbo" in found[:12]]
+    return [found[1:] for found in own]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

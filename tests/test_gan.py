@@ -356,7 +356,7 @@ def test_rounding_undoes_dequantisation(levels: int, monkeypatch: pytest.MonkeyP
     assert float(u.abs().max()) <= 0.5 and float(u.var()) == pytest.approx(1 / 12, rel=0.2)
     assert float((noisy == x).double().mean()) < 0.01
     for extreme in (0.0, 1 - 2.0**-24):
-        monkeypatch.setattr(torch, "rand", lambda shape, u=extreme: torch.full(shape, u))
+        monkeypatch.setattr(torch, "rand", lambda *shape, u=extreme, **_: torch.full(shape, u))
         assert torch.equal(made.decode(Dequantised(levels)(x)), made.train)
 
 

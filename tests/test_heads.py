@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from nelbo.data.augmentation import Affine
 from nelbo.networks.heads import Ensemble, LevelHead, channel_dropout, level_basis
-from nelbo.networks.layers import Marked
+from nelbo.networks.layers import Dropout, Marked
 from nelbo.networks.unet import UNet
 from nelbo.objectives import Augmented, Simple
 from nelbo.recipes.build import build
@@ -61,9 +61,9 @@ def test_channel_dropout_keeps_tensors_and_drops_channels() -> None:
     }
     plain, dropping = UNet(**settings), channel_dropout(UNet(**settings))
     assert list(plain.state_dict()) == list(dropping.state_dict())
-    layers = [m for m in dropping.modules() if isinstance(m, nn.Dropout2d)]
+    layers = [m for m in dropping.modules() if isinstance(m, Dropout) and m.channels]
     assert layers and all(m.p == 0.5 for m in layers)
-    assert not any(type(m) is nn.Dropout for m in dropping.modules())
+    assert not any(isinstance(m, Dropout) and not m.channels for m in dropping.modules())
     seen = layers[0].train()(torch.ones(4, 64, 5, 5))
     whole = (seen == 0).flatten(2).all(2) | (seen == 2).flatten(2).all(2)
     assert whole.all()

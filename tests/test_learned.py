@@ -19,9 +19,10 @@ from nelbo.decoders import Density, EdgeFixed
 from nelbo.objectives import Vlb
 from nelbo.parameterizations import X0, Epsilon
 from nelbo.processes.gaussian import Gaussian
+from nelbo.rates import Rate
 from nelbo.reverse import Reverse
 from nelbo.schedules import Harmonic, Learned, Linear, Tabulated
-from nelbo.trainer import Player, Rate, Trainer
+from nelbo.trainer import Player, Trainer
 from nelbo.variances import Free, Posterior
 from nelbo.walks.stored import open_run
 

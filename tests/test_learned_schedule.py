@@ -30,10 +30,11 @@ from nelbo.networks.layers import Timed
 from nelbo.objectives import Continuous
 from nelbo.parameterizations import X0
 from nelbo.processes.gaussian import Gaussian
+from nelbo.rates import Rate
 from nelbo.reverse import Reverse
 from nelbo.schedules import Linear, LogSNRLinear, Schedule
 from nelbo.timesampling import SecondMoment
-from nelbo.trainer import Player, Rate, Trainer
+from nelbo.trainer import Player, Trainer
 from nelbo.variances import Posterior
 from nelbo.walks.stored import open_run
 

@@ -15,7 +15,8 @@ from nelbo import checkpoint
 from nelbo.averages import EMA, Warming
 from nelbo.data.loading import batch_indices
 from nelbo.errors import InputRefused, NumericalFailure
-from nelbo.trainer import Player, Rate, Record, Trainer
+from nelbo.rates import Rate
+from nelbo.trainer import Player, Record, Trainer
 
 State = dict[str, dict[str, Tensor]]
 DATA = torch.randn(10, 3, generator=torch.Generator().manual_seed(0))
@@ -371,12 +372,6 @@ def test_autocast_is_around_the_loss_alone() -> None:
     )
     list(made)
     assert seen == [torch.bfloat16] and net.weight.dtype == torch.float32
-
-
-def test_ranks_draw_noise_of_their_own() -> None:
-    first, second = trainer(1), trainer(1)
-    second.rank = 1
-    assert next(iter(first)).losses != next(iter(second)).losses
 
 
 def test_fewer_examples_than_a_batch() -> None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from nelbo.sharding import copy_into
+
 Decay = Callable[[int], float]
 """Decay of an average at the update with a 0-based number."""
 
@@ -55,14 +57,26 @@ class EMA:
     Arguments:
         module: what is averaged.
         decay: by update.
+        dealt: a copy of a module that is dealt to ranks, dealt as well, and a whole one beside it.
     """
 
-    def __init__(self, module: nn.Module, decay: Decay) -> None:
+    def __init__(
+        self, module: nn.Module, decay: Decay, dealt: tuple[nn.Module, nn.Module] | None = None
+    ) -> None:
         self.decay = decay
-        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+        self._whole: nn.Module | None = None if dealt is None else dealt[1]
+        shadow = copy.deepcopy(module) if dealt is None else dealt[0]
+        self.module = shadow.eval().requires_grad_(False)
         for parameter in self.module.parameters():
             if parameter.dtype in (torch.bfloat16, torch.float16):
                 parameter.data = parameter.data.float()
+
+    def whole(self) -> nn.Module:
+        """The average as a module to compute with; all ranks come here."""
+        if self._whole is None:
+            return self.module
+        copy_into(self._whole, self.module)
+        return self._whole.eval().requires_grad_(False)
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:

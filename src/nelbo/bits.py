@@ -10,6 +10,7 @@ a certain bit is a logit of ±∞. `torch.distributions.Bernoulli` clamps such p
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch.distributions.kl import register_kl
 from torch.nn.functional import logsigmoid
 
 from nelbo.distributions import Shape, expm1_minus
+from nelbo.randomness import by_row
 
 _SERIES = 1e-2  # below this |y| the first terms of the series of y − log(1 + y) are exact
 
@@ -60,8 +62,18 @@ class Bits(Distribution):
         with torch.no_grad():
             # float32 uniforms are multiples of 2⁻²⁴: a mass of 1e-10 would come up 600 times too
             # often
-            uniform = torch.rand(shape, dtype=torch.float64, device=self.logits.device)
+            uniform = self._uniform(shape)
             return (uniform < torch.sigmoid(self.logits.double())).to(self.logits.dtype)
+
+    def _uniform(self, shape: torch.Size) -> Tensor:
+        kind: dict[str, Any] = {"dtype": torch.float64, "device": self.logits.device}
+        if not shape:
+            return torch.rand(shape, **kind)
+
+        def uniform(rows: int, stream: torch.Generator | None) -> Tensor:
+            return torch.rand(rows, *shape[1:], generator=stream, **kind)
+
+        return by_row(shape[0], uniform, self.logits.device)
 
     def entropy(self) -> Tensor:
         """h(p) = −p log p − (1−p) log(1−p), nats per dimension (elementwise)."""

@@ -41,9 +41,11 @@ def train(arguments: list[str]) -> int:
     about = f"{_about(kind)}\n\n{_other(name, family)}".strip()
     options = tyro.cli(kind, prog=f"nelbo train {name}", args=rest, description=about)
     limits.check(options)
+    from nelbo.distributed import joined
     from nelbo.walks import train as walk
 
-    return walk.run(options, ["train", *arguments])
+    with joined(options.dist_timeout, device=options.device):
+        return walk.run(options, ["train", *arguments])
 
 
 def _other(name: str, family: str) -> str:
@@ -105,6 +107,7 @@ def _about(kind: type) -> str:
 def evaluate(arguments: list[str]) -> int:
     """Measure the bound of a run's model on its data."""
     options = _parse("Evaluate", arguments)
+    from nelbo.distributed import joined
     from nelbo.walks import against, flow, progressive, steps
     from nelbo.walks import evaluate as plain
 
@@ -113,7 +116,8 @@ def evaluate(arguments: list[str]) -> int:
     if len(asked) > 1:
         names = " and ".join(walk.OPTION for walk in asked)
         raise UsageError(f"{names} are measurements of their own: ask for one at a time")
-    (asked[0] if asked else plain).run(options)
+    with joined(options.dist_timeout, device=options.device):
+        (asked[0] if asked else plain).run(options)
     return 0
 
 
@@ -133,10 +137,12 @@ def sample(arguments: list[str]) -> int:
 def compare(arguments: list[str]) -> int:
     """Certify how far samples are from data, at least."""
     options = _parse("Compare", arguments)
+    from nelbo.distributed import joined
     from nelbo.walks import compare as walk
 
     _threads(options.threads)
-    walk.run(options)
+    with joined(options.dist_timeout, device=options.device):
+        walk.run(options)
     return 0
 
 
@@ -164,9 +170,11 @@ def report(arguments: list[str]) -> int:
 def doctor(arguments: list[str]) -> int:
     """Check this machine and installation."""
     options = _parse("Doctor", arguments)
+    from nelbo.distributed import joined
     from nelbo.walks import doctor as walk
 
-    return walk.run(options.json)
+    with joined():
+        return walk.run(options.json)
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
@@ -179,6 +187,10 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "recipes": recipes,
     "doctor": doctor,
 }
+
+
+SHARED = {"train", "evaluate", "compare", "doctor"}
+"""Commands at which the ranks of torchrun work together."""
 
 
 def _parse(kind: str, arguments: list[str]) -> Any:
@@ -218,6 +230,8 @@ def main(arguments: list[str] | None = None) -> int:
     # tyro colours its help whenever the terminal can, also where NO_COLOR is set
     if os.environ.get("NO_COLOR"):
         os.environ.setdefault("PYTHON_TYRO_ANSI_CODES", "False")
+    if "RANK" in os.environ:  # what becomes of a rank is told in a sentence, not by stack traces
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     return _guarded(arguments)
 
 
@@ -230,7 +244,17 @@ def _run(arguments: list[str]) -> int:
         return 0
     if arguments[0] not in COMMANDS:
         raise UsageError(f"no command {arguments[0]!r}\n\n{usage()}")
+    if arguments[0] not in SHARED and os.environ.get("RANK", "0") != "0":
+        return 0  # one rank is enough
     return COMMANDS[arguments[0]](arguments[1:])
+
+
+def _complain(text: str, error: Exception) -> None:
+    """Say what is wrong, once for all ranks that found the same."""
+    several = os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ
+    who = f"rank {os.environ['RANK']}: " if several else ""
+    if not getattr(error, "told", False):
+        print(f"nelbo: {who}{text}", file=sys.stderr)
 
 
 def _guarded(arguments: list[str]) -> int:
@@ -240,7 +264,7 @@ def _guarded(arguments: list[str]) -> int:
         sys.stdout.flush()
         return code
     except (UsageError, InputRefused, NumericalFailure, ResourceExhausted) as error:
-        print(f"nelbo: {error}", file=sys.stderr)
+        _complain(str(error), error)
         return error.exit_code
     except MemoryError:
         print("nelbo: out of memory; take a smaller --batch", file=sys.stderr)
@@ -254,7 +278,7 @@ def _guarded(arguments: list[str]) -> int:
         return 130
     except Exception as error:
         if exit_code(error) == ResourceExhausted.exit_code:
-            print(f"nelbo: {error}; make room, then run again", file=sys.stderr)
+            _complain(f"{error}; make room, then run again", error)
             return ResourceExhausted.exit_code
         traceback.print_exc()
         print("nelbo: this is a bug of nelbo; please report the lines above", file=sys.stderr)

@@ -109,6 +109,8 @@ class Evaluate:
     """Where to compute."""
     threads: int | None = None
     """CPU threads."""
+    dist_timeout: float = 600.0
+    """Under torchrun: seconds to wait for a rank that does not answer."""
     json: bool = False
     """Print one JSON document."""
     quiet: bool = False
@@ -232,6 +234,8 @@ class Compare:
     """Where to compute."""
     threads: int | None = None
     """CPU threads."""
+    dist_timeout: float = 600.0
+    """Under torchrun: seconds to wait for a rank that does not answer."""
     json: bool = False
     """Print one JSON document."""
     quiet: bool = False

@@ -1,7 +1,8 @@
 """What a person sees: progress on stderr, results on stdout.
 
 On a terminal progress is one live line with rate and time left; elsewhere it is a plain line every
-30 seconds, without carriage returns or colours. Tables are plain text that fits 80 columns.
+30 seconds, without carriage returns or colours. Tables are plain text that fits 80 columns. Of
+several ranks the first one speaks.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ from types import TracebackType
 from typing import Any
 
 from nelbo.estimate import Estimate
+from nelbo.ranks import is_main
 
 PLAIN_SECONDS = 30.0
 
 
 def say(text: str) -> None:
     """A line on stderr."""
+    if not is_main():
+        return
     print(text, file=sys.stderr, flush=True)
 
 
@@ -38,7 +42,7 @@ class Meter:
         self.title = title
         self.total = total
         self.unit = unit
-        self.quiet = quiet
+        self.quiet = quiet or not is_main()
         self.started = time.monotonic()
         self.first: int | None = None
         self.last = self.started

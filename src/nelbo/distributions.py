@@ -12,12 +12,15 @@ reaches to −∞ and the highest to +∞, so that the masses of the n levels su
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 from torch.distributions.kl import kl_divergence as kl_divergence
 from torch.distributions.kl import register_kl
+
+from nelbo.randomness import by_row
 
 Shape = torch.Size | list[int] | tuple[int, ...]
 _SERIES = 1e-2  # below this |δ| the first terms of the series of expm1(δ) − δ are exact
@@ -70,8 +73,13 @@ class DiagonalNormal(Distribution):
         return self.logvar.exp().expand_as(self._mean)
 
     def rsample(self, sample_shape: Shape = torch.Size()) -> Tensor:  # noqa: B008
-        shape = self._extended_shape(torch.Size(sample_shape))
-        noise = torch.randn(shape, dtype=self._mean.dtype, device=self._mean.device)
+        shape, like = self._extended_shape(torch.Size(sample_shape)), self._mean
+
+        def normal(rows: int, stream: torch.Generator | None) -> Tensor:
+            kind: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
+            return torch.randn(rows, *shape[1:], generator=stream, **kind)
+
+        noise = by_row(shape[0], normal, like.device) if shape else torch.randn_like(like)
         return self._mean + (0.5 * self.logvar).exp() * noise
 
     def log_prob(self, value: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nelbo.bound import term_of
-from nelbo.distributed import gather, rank, world_size
+from nelbo.distributed import in_order, rank, world_size
 from nelbo.errors import NumericalFailure
 from nelbo.randomness import seeded
 from nelbo.reverse import Reverse
@@ -103,12 +103,8 @@ class Drawer:
     def collect(self, parts: list[Tensor], width: tuple[int, ...]) -> Tensor:
         """Values of all batches, (n, *width) in the order of the data set, on every rank."""
         mine = torch.cat(parts) if parts else torch.empty(0, *width, dtype=torch.float64)
-        if world_size() == 1:
-            return mine
-        lengths = [len(rows) for rows in torch.arange(len(self.data)).split(self._size)]
-        world = world_size()
-        shares = [s.split(lengths[r::world]) for r, s in enumerate(gather(mine))]
-        return torch.cat([shares[b % world][b // world] for b in range(len(lengths))])
+        sizes = [len(rows) for rows in torch.arange(len(self.data)).split(self._size)]
+        return in_order(mine, sizes)
 
 
 def _blocks(rows: Tensor) -> Iterator[tuple[slice, int]]:

@@ -32,6 +32,20 @@ class ResourceExhausted(RuntimeError):
     exit_code = 5
 
 
+class RankLost(ResourceExhausted):
+    """Another process of the same run failed or does not answer.
+
+    Arguments:
+        message: which one, and what to do. code: the exit code of that process, where it is known.
+        told: it has said itself why, so that nothing is left to say.
+    """
+
+    def __init__(self, message: str, code: int = 5, told: bool = False) -> None:
+        super().__init__(message)
+        self.exit_code = code
+        self.told = told
+
+
 def exit_code(error: BaseException) -> int:
     """The exit code of a command that ends in this error; 1 if it is a bug of ours."""
     if isinstance(error, UsageError | InputRefused | NumericalFailure | ResourceExhausted):

@@ -38,6 +38,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nelbo.distributed import gather
+from nelbo.randomness import by_row
+
 HALVINGS = 60
 REMEMBERED = 16
 """Batches whose logits make the running value of the game."""
@@ -146,7 +149,7 @@ class Game(nn.Module):
 
     def noise(self, count: int, like: Tensor | None = None) -> Tensor:
         """(count, latent) draws of z from the global generator, as `like` in device and dtype."""
-        z = torch.randn(count, self.latent)
+        z = by_row(count, lambda n, g: torch.randn(n, self.latent, generator=g))
         return z if like is None else z.to(like)
 
     def value(self, x: Tensor, z: Tensor) -> Tensor:
@@ -225,12 +228,18 @@ class DiscriminatorLoss:
             (slope,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
         return logits, 0.5 * gamma * slope.flatten(1).square().sum(1)
 
-    def plug_in(self) -> float:
+    def plug_in(self, everywhere: bool = False) -> float:
         """log 2 + V/2 in nats over the last batches: of training D, on data that it was trained
-        on, so that it certifies nothing. NaN before the first batch."""
+        on, so that it certifies nothing. NaN before the first batch.
+
+        Arguments:
+            everywhere: of the rows of all ranks, which come here together.
+        """
         if not self.last:
             return math.nan
         real, fake = (torch.cat(side) for side in zip(*self.last, strict=True))
+        if everywhere:
+            real, fake = (torch.cat(gather(side)) for side in (real, fake))
         offset = best_offset(real, fake) if self.rules.loss.centred else 0.0
         return plug_in(real + offset, fake + offset)
 

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from nelbo.distributed import rank, total, world_size
 from nelbo.distributions import per_example
 from nelbo.errors import InputRefused, NumericalFailure, UsageError
 from nelbo.estimate import Estimate
@@ -162,17 +163,20 @@ def importance_weighted(
     if len(x_0) == 0:
         raise InputRefused("no examples: an importance weight needs at least one")
     walker = _Walker(model, x_0, times, seed, device)
-    log_w = torch.empty(len(x_0), draws, dtype=torch.float64)
+    log_w = torch.zeros(len(x_0), draws, dtype=torch.float64)
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad(), seeded(seed, "importance"):
-            for done, cells in _batches(len(x_0), draws, batch):
+            for number, (done, cells) in enumerate(_batches(len(x_0), draws, batch)):
+                if number % world_size() != rank():
+                    continue  # whole groups are dealt to ranks
                 for cell, values in zip(cells, walker.weights(cells), strict=True):
                     log_w[cell.examples, cell.draws] = values
                 track(done * len(times), len(x_0) * draws * len(times))
     finally:
         model.train(was_training)
+    total(log_w)  # of every weight one rank has the value, the others zero
     _refuse_nan(log_w)
     return ImportanceWeighted(log_w, offset)
 

@@ -35,7 +35,7 @@ from nelbo.learned_schedule import LearnedLogSNR
 from nelbo.processes.base import along
 from nelbo.reverse import Prediction, Reverse, gaussian_process
 from nelbo.schedules import Smooth
-from nelbo.timesampling import SecondMoment, ladder, place
+from nelbo.timesampling import SecondMoment, ladder, place, scattered
 
 DECODER = 1 / 16
 """How often the decoder is drawn beside a continuum of times."""
@@ -81,7 +81,7 @@ class Objective(ABC):
         """(B,) losses of a batch x_0 (B, *shape); draws from the global generator."""
         probabilities = self.current()
         if self.independent:
-            index, _ = place(probabilities, torch.rand(len(x_0), dtype=torch.float64))
+            index, _ = place(probabilities, scattered(len(x_0)))
             probability = probabilities[index]
         else:
             index, probability = low_discrepancy(probabilities, len(x_0))
@@ -243,7 +243,7 @@ class Continuous(Objective):
     def __call__(self, model: Reverse, x_0: Tensor, cond: Any = None) -> Tensor:
         """(B,) losses of a batch x_0 (B, *shape); draws from the global generator."""
         count, probabilities = len(x_0), self.current()
-        u = torch.rand(count, dtype=torch.float64) if self.independent else ladder(count)
+        u = scattered(count) if self.independent else ladder(count)
         return self.loss_at(model, x_0, *place(probabilities, u), probabilities, cond)
 
     def loss_at(

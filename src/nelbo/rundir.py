@@ -4,7 +4,8 @@
     checkpoints/step-00012000/  evaluation/*.json + *.npz  samples/  report.html  report/*.png
 
 A directory that exists is never overwritten; a run is continued with --resume only. One process
-at a time may write to it (a lock that dies with the process). What a later start learns is added.
+at a time may write to it (a lock that dies with the process), of several ranks the first one: on
+the others status, lines and records are dropped. What a later start learns is added.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import IO, Any
 import torch
 
 from nelbo import __version__
+from nelbo.distributed import is_main, world_size
 from nelbo.errors import InputRefused, UsageError
 from nelbo.files import (
     clean_temporary,
@@ -147,6 +149,8 @@ class RunDirectory:
 
     def status(self, state: str, step: int, steps: int, message: str = "", **more: Any) -> None:
         """Replace status.json: state is running, finished, stopped or failed."""
+        if not is_main():
+            return
         value = {"schema": SCHEMA, "state": state, "step": step, "steps": steps}
         write_json_atomic(
             self.path / "status.json", {**value, "exit_code": None, "message": message, **more}
@@ -168,6 +172,8 @@ class RunDirectory:
 
         A start that continues from `step` writes them again.
         """
+        if not is_main():
+            return
         path = self.path / "metrics.jsonl"
         lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
         kept = b"".join(line + b"\n" for line in lines if _step_of(line) <= step)
@@ -183,12 +189,15 @@ class RunDirectory:
 
     def _append(self, name: str, line: str) -> None:
         path, data = self.path / name, line.encode() + b"\n"
+        if not is_main():
+            return
         with exhausted(path, len(data)), open(path, "ab") as file:
             file.write(data)
 
     def environment(self, device: str) -> None:
         """Write environment.json of this start."""
-        write_json_atomic(self.path / "environment.json", environment(device))
+        if is_main():
+            write_json_atomic(self.path / "environment.json", environment(device))
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -201,6 +210,7 @@ def environment(device: str) -> dict[str, Any]:
         "processor": platform.processor() or platform.machine(),
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
         "threads": torch.get_num_threads(),
+        "ranks": world_size(),
         "command": shlex.join(["nelbo", *sys.argv[1:]]),
     }
 

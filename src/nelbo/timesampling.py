@@ -22,6 +22,7 @@ from torch import Tensor
 
 from nelbo.distributed import gather
 from nelbo.errors import InputRefused
+from nelbo.randomness import by_row, for_all, place_of
 
 MEMORY = 10
 """Values that are remembered of every term."""
@@ -30,9 +31,18 @@ UNIFORM = 0.001
 
 
 def ladder(batch: int) -> Tensor:
-    """(B,) float64 in [0, 1): each uniform, together evenly spread."""
-    rungs = torch.arange(batch, dtype=torch.float64) / batch
-    return (torch.rand((), dtype=torch.float64) + rungs) % 1
+    """(B,) float64 in [0, 1): each uniform, together evenly spread.
+
+    Of a piece of a batch they are its rungs of the ladder of the whole batch.
+    """
+    first, whole = place_of(batch)
+    rungs = torch.arange(first, first + batch, dtype=torch.float64) / whole
+    return (for_all(lambda g: torch.rand((), dtype=torch.float64, generator=g)) + rungs) % 1
+
+
+def scattered(batch: int) -> Tensor:
+    """(B,) float64 in [0, 1): uniform and independent."""
+    return by_row(batch, lambda n, g: torch.rand(n, dtype=torch.float64, generator=g))
 
 
 def place(probabilities: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nelbo.randomness import by_row
+
 
 @dataclass(frozen=True)
 class Affine:
@@ -44,7 +46,7 @@ class Affine:
         Returns:
             the images, on the levels again, and the marks (B,) int64.
         """
-        marked = torch.rand(len(x_0)) < self.share
+        marked = by_row(len(x_0), lambda n, g: torch.rand(n, generator=g)) < self.share
         grid = F.affine_grid(self._maps(len(x_0)), list(x_0.shape), align_corners=False)
         # the border is padded with the lowest level
         moved = F.grid_sample(x_0.cpu() + 1, grid, mode="bicubic", align_corners=False)
@@ -56,10 +58,14 @@ class Affine:
 
     def _maps(self, count: int) -> Tensor:
         """(count, 2, 3) matrices [A | b], near the identity."""
-        angle = self.rotation * torch.randn(count)
-        scale = 1 + self.scale * torch.randn(count, 2)
-        shear = self.shear * torch.randn(count)
-        shift = self.shift * torch.randn(count, 2)
+        angle = self.rotation * _normal(count)[:, 0]
+        scale = 1 + self.scale * _normal(count, 2)
+        shear = self.shear * _normal(count)[:, 0]
+        shift = self.shift * _normal(count, 2)
         first = torch.stack([scale[:, 0] * angle.cos(), shear - angle.sin(), shift[:, 0]], 1)
         second = torch.stack([angle.sin(), scale[:, 1] * angle.cos(), shift[:, 1]], 1)
         return torch.stack([first, second], 1)
+
+
+def _normal(count: int, columns: int = 1) -> Tensor:
+    return by_row(count, lambda n, g: torch.randn(n, columns, generator=g))

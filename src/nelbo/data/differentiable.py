@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nelbo.randomness import by_row
+
 MARGIN = 2.0**-10
 
 
@@ -40,12 +42,12 @@ class Moved:
         return self._brightened(self._cut(self._shifted(x)))
 
     def _chosen(self, x: Tensor) -> Tensor:
-        return (torch.rand(len(x)) < self.share).to(x.device)
+        return (_uniform(x) < self.share).to(x.device)
 
     def _shifted(self, x: Tensor) -> Tensor:
         count, _, height, width = x.shape
         reach = max(1, round(self.shift * min(height, width)))
-        moves = torch.randint(-reach, reach + 1, (count, 2)).to(x.device)
+        moves = _integers(x, -reach, reach + 1, 2)
         moves = moves * self._chosen(x)[:, None]
         padded = F.pad(x, (reach, reach, reach, reach), mode="replicate")
         down = torch.arange(height, device=x.device)[None] + reach + moves[:, :1]
@@ -55,18 +57,18 @@ class Moved:
         return moved.permute(0, 3, 1, 2)
 
     def _cut(self, x: Tensor) -> Tensor:
-        count, _, height, width = x.shape
+        height, width = x.shape[2:]
         masks = []
         for size in (height, width):
             side = max(1, round(self.cut * size))
-            start = torch.randint(0, size - side + 1, (count, 1)).to(x.device)
+            start = _integers(x, 0, size - side + 1, 1)
             place = torch.arange(size, device=x.device)[None]
             masks.append((place >= start) & (place < start + side))
         hole = masks[0][:, :, None] & masks[1][:, None, :] & self._chosen(x)[:, None, None]
         return x * ~hole[:, None]
 
     def _brightened(self, x: Tensor) -> Tensor:
-        step = self.bright * (2 * torch.rand(len(x)).to(x.device) - 1) * self._chosen(x)
+        step = self.bright * (2 * _uniform(x).to(x.device) - 1) * self._chosen(x)
         return x + step[:, None, None, None]
 
 
@@ -87,4 +89,15 @@ class Dequantised:
     def __call__(self, x: Tensor) -> Tensor:
         """(B, *shape) -> the same; draws from the global generator."""
         width = (1 - MARGIN) * 2 / (self.levels - 1)
-        return x + (torch.rand(x.shape).to(x) - 0.5) * width
+        shape = x.shape[1:]
+        drawn = by_row(len(x), lambda n, g: torch.rand(n, *shape, generator=g))
+        return x + (drawn.to(x) - 0.5) * width
+
+
+def _uniform(x: Tensor) -> Tensor:
+    return by_row(len(x), lambda n, g: torch.rand(n, generator=g))
+
+
+def _integers(x: Tensor, low: int, high: int, columns: int) -> Tensor:
+    drawn = by_row(len(x), lambda n, g: torch.randint(low, high, (n, columns), generator=g))
+    return drawn.to(x.device)

@@ -18,6 +18,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from nelbo.networks.layers import Dropout
+from nelbo.randomness import picked, place_of
+
 
 def level_basis(levels: int, waves: int) -> Tensor:
     """(waves + 2, n) float32: fading cosines, then the two spikes."""
@@ -92,12 +95,17 @@ class Ensemble(nn.Module):
             return mean
         times = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
         out: Tensor | None = None
+        start, _ = place_of(len(x_t))
         for k, member in enumerate(self.members):
-            marks = None if cond is None else cond[k::count]
-            part = member(x_t[k::count], times[k::count], marks)
+            rows = torch.arange((k - start) % count, len(x_t), count)
+            if not len(rows):
+                continue
+            here = rows.to(x_t.device)
+            with picked(rows, f"member {k}"):
+                part = member(x_t[here], times[here], None if cond is None else cond[here])
             if out is None:
                 out = part.new_zeros(len(x_t), *part.shape[1:])
-            out[k::count] = part
+            out[here] = part
         assert out is not None, "an ensemble has members"
         return out
 
@@ -112,8 +120,8 @@ def channel_dropout(module: nn.Module) -> nn.Module:
         Tompson et al. 2015, Efficient object localization using convolutional networks.
     """
     for name, child in module.named_children():
-        if isinstance(child, nn.Dropout):
-            setattr(module, name, nn.Dropout2d(child.p))
+        if isinstance(child, Dropout):
+            setattr(module, name, Dropout(child.p, channels=True))
         else:
             channel_dropout(child)
     return module

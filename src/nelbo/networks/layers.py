@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from nelbo.errors import InputRefused
+from nelbo.randomness import by_row
 
 
 def per_example(t: Tensor | float, x_t: Tensor) -> Tensor:
@@ -213,3 +214,35 @@ class Positions(nn.Module):
 
 def _by(images: Tensor) -> str:
     return "x".join(str(size) for size in images.shape[2:])
+
+
+class Dropout(nn.Module):
+    """x_i k_i/(1 − p) with k_i ~ Bernoulli(1 − p) in training; x otherwise.
+
+    Unlike torch's, what is dropped of a row does not depend on how a batch is cut into pieces.
+
+    Arguments:
+        p: probability, below one. channels: drop whole channels of feature maps.
+    """
+
+    def __init__(self, p: float, channels: bool = False) -> None:
+        super().__init__()
+        self.p = p
+        self.channels = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, ...) to the same."""
+        if not self.training or self.p == 0:
+            return x
+        shape = (x.shape[1], *[1] * (x.dim() - 2)) if self.channels else x.shape[1:]
+
+        def kept(rows: int, stream: torch.Generator | None) -> Tensor:
+            empty = torch.empty(rows, *shape, dtype=torch.bool, device=x.device)
+            return empty.bernoulli_(1 - self.p, generator=stream)
+
+        scale = 1 / (1 - self.p) if self.p < 1 else 0.0
+        return x * by_row(len(x), kept, x.device) * scale
+
+    def extra_repr(self) -> str:
+        """For printing."""
+        return f"p={self.p}, channels={self.channels}"

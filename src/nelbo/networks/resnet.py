@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from nelbo.errors import InputRefused
 from nelbo.networks.attention import Attention
-from nelbo.networks.layers import TimeFeatures, per_example, without_condition
+from nelbo.networks.layers import Dropout, TimeFeatures, per_example, without_condition
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -123,7 +123,7 @@ class _Block(nn.Module):
         self.mean = nn.Linear(channels, channels, bias=False)
         self.time = nn.Linear(time_width, 2 * channels)
         self.norm2 = nn.GroupNorm(groups, channels)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.conv2 = _zero(nn.Conv2d(channels, channels, 3, padding=1))
         self.attention: Attention | None = None
         if attention:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nelbo.networks.attention import Attention
+from nelbo.networks.layers import Dropout
 from nelbo.networks.unet_config import UNetConfig
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -85,7 +86,7 @@ class Residual(nn.Module):
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
         self.time_emb_proj = nn.Linear(config.time_width, channels_out * (1 + self.scale_shift))
         self.norm2 = nn.GroupNorm(groups, channels_out, eps=eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
         self.act = _ACTIVATIONS[config.act_fn]()
         if channels_in != channels_out:

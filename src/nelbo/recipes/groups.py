@@ -29,6 +29,10 @@ class Control:
     """Hold the data of a path in memory (ram), read them batch by batch (none), or what fits."""
     ahead: int = 2
     """Batches that a thread prepares before they are needed; 0 for no thread."""
+    dist_timeout: float = 600.0
+    """Under torchrun: seconds to wait for a rank that does not answer."""
+    shard: bool = False
+    """Under torchrun: deal weights, gradients and moments to the ranks, 1/W each (FSDP2)."""
     json: bool = False
     """Print one JSON document on stdout instead of tables."""
     quiet: bool = False

@@ -43,6 +43,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "samples": COUNT,
     "threads": COUNT,
     "ahead": (0, 1024),
+    "dist_timeout": (1e-3, 1e7),
     "latents": COUNT,
     "logsnr_max": (-1e3, 1e3),
     "logsnr_min": (-1e3, 1e3),

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from nelbo import console
+from nelbo.distributed import gather, in_order, rank, world_size
 from nelbo.distributions import DiagonalNormal
+from nelbo.randomness import seeded
 from nelbo.recipes.recipe import Subject
 from nelbo.reverse import Reverse
 from nelbo.samplers import Ancestral, Sampler, State, sample
@@ -19,21 +21,27 @@ CHUNK, BLOCK = 1024, 512
 
 
 def draws(subject: Subject, way: Sampler, device: str, quiet: bool) -> Callable[[int], Tensor]:
-    """n -> stored rows drawn by walking the subject's model over its grid, decoder included."""
+    """n -> stored rows drawn by walking the subject's model over its grid, decoder included.
+
+    A chunk of 1024 rows is a function of the caller's seed and its number: ranks draw in turn, and
+    all have the rows of all.
+    """
     dataset, times = subject.dataset, subject.times
 
     def draw(count: int) -> Tensor:
-        out: list[Tensor] = []
+        seed = int(torch.randint(2**62, ()))
+        out: list[Tensor] = [dataset.decode(torch.zeros(1, *dataset.shape()))[:0]]
         sizes = [min(CHUNK, count - done) for done in range(0, count, CHUNK)]
         model = subject.model.to(device)
         with console.Meter("sample", len(sizes) * (len(times) + 1), "steps", quiet) as meter:
-            for number, size in enumerate(sizes):
-                walk = sample(model, way, times, (size, *dataset.shape()), device)
-                for k, (_, now) in enumerate(walk):
-                    meter.update(number * (len(times) + 1) + k + 1)
-                    x_t = now
+            for number in range(rank(), len(sizes), world_size()):
+                with seeded(seed, "chain", number):
+                    walk = sample(model, way, times, (sizes[number], *dataset.shape()), device)
+                    for k, (_, now) in enumerate(walk):
+                        meter.update(number * (len(times) + 1) + k + 1)
+                        x_t = now
                 out.append(dataset.decode(x_t.cpu()))
-        return torch.cat(out)
+        return in_order(torch.cat(out), sizes)
 
     return draw
 
@@ -88,8 +96,10 @@ def centres(subject: Subject, device: str, quiet: bool) -> Callable[[int], Means
         if subject.dataset.levels is not None or scale.numel() > 1:
             return None
         points = draws(subject, way, device, quiet)(count)
-        if len(way.spreads) != 1:
+        own = torch.tensor(sorted(way.spreads), dtype=torch.float64)
+        spreads = set(torch.cat(gather(own)).tolist())
+        if len(spreads) != 1:
             return None
-        return Means(points.double(), way.spreads.pop() * float(scale))
+        return Means(points.double(), spreads.pop() * float(scale))
 
     return draw

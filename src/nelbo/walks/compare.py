@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nelbo import console
+from nelbo import console, distributed
 from nelbo.certificate import Certificate, certify
 from nelbo.commands import Compare
-from nelbo.data.sums import digests
 from nelbo.design import enough
 from nelbo.errors import UsageError
 from nelbo.estimate import Estimate
@@ -33,7 +32,7 @@ from nelbo.sandwich import Sandwich
 from nelbo.sides import read, refuse_mismatch
 from nelbo.walks import known, measures, witness
 from nelbo.walks.chains import Means
-from nelbo.walks.heldout import HELD, Reals, reals
+from nelbo.walks.heldout import HELD, Reals, copies, reals
 from nelbo.walks.measuring import Request, measure
 from nelbo.walks.opponents import Opponent, opponents
 from nelbo.walks.stored import device_of, save_arrays
@@ -49,6 +48,8 @@ MOST_BOUNDED = 5000
 def run(options: Compare) -> None:
     """`nelbo compare`: open, compare, write, print."""
     documents = compared(options)
+    if not distributed.is_main():
+        return
     if options.json:
         whole = documents[0] if len(documents) == 1 else {"schema": 1, "compared": documents}
         print(json.dumps(whole, indent=1))
@@ -57,9 +58,13 @@ def run(options: Compare) -> None:
 
 
 def compared(options: Compare) -> list[dict[str, Any]]:
-    """A document for every opponent, written where there is a place for it."""
+    """A document for every opponent, written where there is a place for it.
+
+    Ranks draw the chains and measure the bound together; each fits the classifiers for itself,
+    and what counts, is counted and is written are those of the first.
+    """
     device = device_of(options.device)
-    check(options)
+    distributed.on_main(lambda: check(options))
     against = opponents(options, device)
     held = reals(options, against)
     for one in against:
@@ -67,13 +72,13 @@ def compared(options: Compare) -> list[dict[str, Any]]:
             sides = read(held.rows, "the data"), read(one.fakes, one.name)
             refuse_mismatch(*sides, options.as_is)
     extractor = measures.prepared(options, held)  # refused before anything is looked at
-    _free(options)
-    ledger = Ledger(default_path("looks.jsonl"))
+    distributed.on_main(lambda: _free(options))
+    ledger = Ledger(default_path("looks.jsonl")) if distributed.is_main() else None
     documents = []
     for one in against:
         document, arrays = confront(options, held, one, extractor, ledger)
         place = _place(options, held, one, len(against))
-        if place is not None:
+        if place is not None and distributed.is_main():
             write(place, document, arrays)
             document["written"] = f"{place}.json"
         documents.append(document)
@@ -161,19 +166,9 @@ def confront(
         "metrics": found.as_json() if found else None,
         "modes": known.counted(held, rows),
         "remark": sandwich.verdict if sandwich else f"no bound: {one.unbounded}",
-        "copies": _copies(held, certificate),
+        "copies": copies(held, certificate.rows_fake),
     }
     return document, {**certificate.arrays(), **witness.arrays(held, certificate, means)}
-
-
-def _copies(held: Reals, certificate: Certificate) -> dict[str, int]:
-    """Samples of the certificate that are, to the bit, rows of the data."""
-    rows = certificate.rows_fake
-    assert rows is not None
-    known = [held.rows] if held.fit is None else [held.rows, held.fit]
-    marks = {mark for some in known for mark in digests(some.numpy())}
-    found = sum(mark in marks for mark in digests(rows.to(held.rows.dtype).numpy()))
-    return {"of": len(rows), "found": found}
 
 
 def _fakes(options: Compare, held: Reals, one: Opponent) -> tuple[Any, Means | None]:

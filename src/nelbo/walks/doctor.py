@@ -6,12 +6,15 @@ import importlib.util
 import json
 import os
 import shutil
+import socket
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from nelbo import distributed
 from nelbo.bound import bound
 from nelbo.checkpoint import load, save
 from nelbo.console import table
@@ -34,13 +37,17 @@ VARIABLES = (
     "WORLD_SIZE",
     "TMPDIR",
 )
+ROUNDS = 100
+"""Sums of a few numbers over all ranks, to time one."""
 EXTRAS = ("diffusers", "pyarrow", "constriction", "tensorboard", "wandb")
 
 
 def run(as_json: bool) -> int:
     """`nelbo doctor`: print the findings; 0 if all checks passed, else 4."""
     found = findings()
-    if as_json:
+    if not distributed.is_main():
+        pass
+    elif as_json:
         print(json.dumps(found, indent=1))
     else:
         print(table([[k, str(v)] for k, v in _flat(found)], ["item", "value"]))
@@ -59,7 +66,29 @@ def findings() -> dict[str, Any]:
         "disk_free_gib": round(here.free / 2**30, 1),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "extras": {name: importlib.util.find_spec(name) is not None for name in EXTRAS},
-        "checks": {"bound": _check_bound(device), "checkpoint": _check_checkpoint()},
+        "checks": {
+            "bound": _check_bound(device),
+            "checkpoint": _check_checkpoint(),
+            "ranks": _check_ranks(device),
+        },
+    }
+
+
+def _check_ranks(device: str) -> dict[str, Any]:
+    """How many, where each is, and whether they add up, in how much time."""
+    world, mine = distributed.world_size(), f"{socket.gethostname()} {device}"
+    own = torch.frombuffer(bytearray(mine.encode()), dtype=torch.uint8)
+    places = [bytes(place.tolist()).decode() for place in distributed.gather(own)]
+    start = time.monotonic()
+    for _ in range(ROUNDS):
+        counted = distributed.total(torch.ones(1 << 10, device=device))
+    seconds = (time.monotonic() - start) / ROUNDS
+    return {
+        "world_size": world,
+        "backend": distributed.backend(),
+        "places": ", ".join(places),
+        "microseconds_per_sum": round(1e6 * seconds, 1) if world > 1 else None,
+        "passed": bool((counted == world).all()),
     }
 
 

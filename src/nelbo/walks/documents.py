@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from nelbo.distributed import is_main
 from nelbo.recipes.recipe import Subject
 from nelbo.walks.stored import Stored, assumptions
 
@@ -40,7 +41,9 @@ def marked(stored: Stored, value: dict[str, Any]) -> dict[str, Any]:
 
 
 def show(value: dict[str, Any], text: str, as_json: bool) -> None:
-    """Print the document, or its text and what was assumed."""
+    """Print the document, or its text and what was assumed; of several ranks the first does."""
+    if not is_main():
+        return
     assumed = value.get("assumed")
     parts = [text, *([assumptions(assumed)] if assumed else [])]
     print(json.dumps(value, indent=1) if as_json else "\n\n".join(parts))

@@ -22,6 +22,7 @@ from nelbo import console, curve
 from nelbo.binary import Flip
 from nelbo.commands import Sample
 from nelbo.curve import Curve
+from nelbo.distributed import on_main
 from nelbo.errors import UsageError
 from nelbo.parameterizations import GaussianParameterization, with_variance
 from nelbo.recipes.recipe import Subject
@@ -161,7 +162,10 @@ def curve_of(stored: Stored, fit: Fit) -> Curve:
     path = stored.directory.evaluation / f"{name}.npz"
     mark = fingerprint(subject, rows)
     found = _read(path, mark, subject, len(rows)) if stored.keeps else None
-    if found is not None:
+    if on_main(lambda: found is not None):
+        # what the first rank has, the others read as well
+        found = found or _read(path, mark, subject, len(rows))
+        assert found is not None, "all ranks see the same files"
         return found.smoothed()
     measured = measure(subject, rows, fit)
     if not stored.keeps:

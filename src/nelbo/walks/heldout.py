@@ -18,6 +18,7 @@ from nelbo.commands import Compare
 from nelbo.data import toys
 from nelbo.data.base import Dataset
 from nelbo.data.embedded import digits
+from nelbo.data.sums import digests
 from nelbo.errors import InputRefused, UsageError
 from nelbo.randomness import generator
 from nelbo.walks.opponents import OWN, Opponent, read
@@ -123,3 +124,12 @@ def _check(dataset: Dataset, other: Dataset) -> None:
 def _kind(dataset: Dataset) -> str:
     shape = "x".join(map(str, dataset.shape()))
     return f"{shape} {'real vectors' if dataset.levels is None else f'{dataset.levels} levels'}"
+
+
+def copies(held: Reals, rows: Tensor | None) -> dict[str, int]:
+    """Samples of a certificate that are, to the bit, rows of the data."""
+    assert rows is not None, "a certificate that was made here, not read"
+    known = [held.rows] if held.fit is None else [held.rows, held.fit]
+    marks = {mark for some in known for mark in digests(some.numpy())}
+    found = sum(mark in marks for mark in digests(rows.to(held.rows.dtype).numpy()))
+    return {"of": len(rows), "found": found}

@@ -28,16 +28,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nelbo import report
+from nelbo import distributed, report
 from nelbo.averages import Halving
 from nelbo.commands import Compare
 from nelbo.data.feed import Feed
 from nelbo.data.loading import batch_indices
+from nelbo.errors import UsageError
 from nelbo.gan import DiscriminatorLoss, GeneratorLoss
 from nelbo.randomness import seeded
+from nelbo.rates import Rate
 from nelbo.recipes.recipe import GameRecipe
 from nelbo.scores import multiscale_mmd2, sliced_wasserstein
-from nelbo.trainer import Player, Rate, Record, Trainer
+from nelbo.trainer import Player, Record, Trainer
 from nelbo.walks import compare as comparing
 from nelbo.walks.generate import draw
 from nelbo.walks.opponents import OWN
@@ -90,10 +92,14 @@ class Playing(Training):
 def trainer_of(recipe: GameRecipe, device: str) -> Trainer:
     """The trainer of a game: k moves of the discriminator, then one of the generator."""
     options, dataset, rules = recipe.options, recipe.dataset, recipe.rules
+    if options.shard:
+        raise UsageError("--shard is for diffusion models; a game's players are kept whole")
     game = recipe.game.to(device)
 
+    mine = distributed.rows_of(options.batch)
+
     def order(move: int) -> Tensor:
-        return batch_indices(len(dataset.train), options.batch, options.seed, move)
+        return batch_indices(len(dataset.train), options.batch, options.seed, move)[mine]
 
     def progress() -> float:
         return max(0, trainer.step - options.warmup) / max(trainer.steps - options.warmup, 1)
@@ -116,6 +122,7 @@ def trainer_of(recipe: GameRecipe, device: str) -> Trainer:
         seed=options.seed,
         ema=Halving(options.half_life, options.batch),
         clip=None if options.clip is None else options.clip * dataset.dims,
+        whole=options.batch,
     )
     return trainer
 
@@ -149,7 +156,7 @@ class GameWatch(Watch):
         found = {
             "loss": self._mean(GENERATOR),
             "loss_discriminator": self._mean(DISCRIMINATOR),
-            "jsd_plugin": self._plug_in(),
+            "jsd_plugin": self._plug_in(everywhere=True),
             "grad_norm": last.grad_norms[GENERATOR] / dims,
             "grad_norm_discriminator": last.grad_norms[DISCRIMINATOR] / dims,
         }
@@ -159,10 +166,11 @@ class GameWatch(Watch):
     def _mean(self, name: str) -> float:
         return math.fsum(r.losses[name] for r in self.records) / len(self.records)
 
-    def _plug_in(self) -> float:
+    def _plug_in(self, everywhere: bool = False) -> float:
+        """Of this rank's logits, or of those of all: then all come here."""
         loss = self.trainer.players[0].loss
         assert isinstance(loss, DiscriminatorLoss)
-        return loss.plug_in()
+        return loss.plug_in(everywhere)
 
     def validate(self) -> Validation | None:
         """Samples of the averaged generator against the validation part; the same z every time."""
@@ -178,7 +186,8 @@ class GameWatch(Watch):
         far = sliced_wasserstein(real.repeat(copies, 1), fake)
         apart = multiscale_mmd2(real, fake, self.reach)
         kept = {"mean": apart, "unit": "MMD^2, model's scale", "n": len(rows)}
-        jsd = f"JSD (training D, not certified) {self._plug_in():.3f} nats"
+        plug_in = self._plug_in(everywhere=True)
+        jsd = f"JSD (training D, not certified) {plug_in:.3f} nats"
         text = f"validation: MMD^2 {apart:.3g}, sliced Wasserstein {far:.3g}; {jsd}"
         return Validation(kept, {"mmd2": apart, "sliced_wasserstein": far}, text)
 
@@ -186,9 +195,13 @@ class GameWatch(Watch):
 def finish(session: Session, played: Played) -> None:
     """Sample, report, print where."""
     options = played.recipe.options
-    samples = draw(played, options.samples, options.seed, session.quiet)
-    paths = write_beside(session.directory.samples, played.recipe.dataset, samples)
+    paths = {}
+    if distributed.is_main():
+        samples = draw(played, options.samples, options.seed, session.quiet)
+        paths = write_beside(session.directory.samples, played.recipe.dataset, samples)
     found = _compared(session, played) if options.compare else []
+    if not distributed.is_main():
+        return  # what is left is for one
     session.status("finished", 0)
     page = report.write(session.directory.path)
     if session.options.json:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nelbo import checkpoint, console
-from nelbo.errors import InputRefused, exit_code
+from torch import Tensor
+
+from nelbo import checkpoint, console, distributed, sharding
+from nelbo.errors import InputRefused, RankLost, exit_code
 from nelbo.files import set_aside
 from nelbo.recipes.groups import Start
 from nelbo.rundir import RunDirectory
@@ -18,6 +21,7 @@ from nelbo.walks.signals import Stop
 from nelbo.walks.stored import best_step
 from nelbo.walks.watch import Watch
 
+State = Mapping[str, Mapping[str, Tensor]]
 LOG_POINTS = 400
 """Lines of training loss in metrics.jsonl, about."""
 
@@ -48,7 +52,14 @@ class Session:
         )
 
     def fail(self, error: BaseException) -> None:
-        """Write down how this start ended; the way to a bug goes to log.txt."""
+        """Write down how this start ended; the way to a bug goes to log.txt.
+
+        What was done before another rank failed is saved, where it is whole.
+        """
+        trainer = self.trainer
+        whole = trainer.settled and trainer.share == 1 and not trainer.carried_state()
+        if isinstance(error, RankLost) and whole:
+            self._write(self.trainer.state_dict())
         code = exit_code(error)
         self.status("failed" if code < 128 else "stopped", code, str(error))
         if code == 1:
@@ -59,25 +70,38 @@ class Session:
     def restore(self, resume: bool) -> None:
         """Load the newest valid checkpoint of a run that is continued."""
         root = self.directory.checkpoints
-        if not resume or not checkpoint.steps(root):
+        if not resume or not distributed.on_main(lambda: bool(checkpoint.steps(root))):
             self.directory.rewind(0)
+            self._align()
             self.save()  # a disk that cannot hold it is found out now
             return
         self.seconds = self.directory.seconds()
-        step = self._load_newest()
-        for newer, path in checkpoint.steps(root):
-            if newer > step:
-                set_aside(path)  # its step will be saved again; nothing is lost
+        expected = self.trainer.state_dict()  # of parts: all ranks bring it together
+        step = distributed.on_main(lambda: self._load_newest(expected))
+        if not distributed.is_main():
+            self._load(checkpoint.step_path(root, step), step, expected)
+        distributed.on_main(lambda: self._set_aside(step))
+        self._align()
         self.directory.rewind(step)
         console.say(f"continuing {self.directory.path} after step {step}")
         self.directory.log(f"continuing after step {step}")
 
-    def _load_newest(self) -> int:
+    def _set_aside(self, step: int) -> None:
+        for newer, path in checkpoint.steps(self.directory.checkpoints):
+            if newer > step:
+                set_aside(path)  # its step will be saved again; nothing is lost
+
+    def _align(self) -> None:
+        """All ranks begin with the weights of the first one, to the last bit."""
+        for player in self.trainer.players:
+            distributed.same(sharding.plain(player.module.state_dict().values()))
+
+    def _load_newest(self, expected: State) -> int:
         """Load the newest checkpoint that is valid and fits; its step."""
         root, problems = self.directory.checkpoints, []
         for step, path in reversed(checkpoint.steps(root)):
             try:
-                self._load(path, step)
+                self._load(path, step, expected)
             except InputRefused as error:
                 problems.append(str(error))
                 continue
@@ -87,9 +111,8 @@ class Session:
             return step
         raise InputRefused("\n".join([f"{root}: holds no valid checkpoint", *problems]))
 
-    def _load(self, path: Path, step: int) -> None:
+    def _load(self, path: Path, step: int, expected: State) -> None:
         tensors = checkpoint.load(path).tensors
-        expected = self.trainer.state_dict()
         for player in self.trainer.players:
             averages = [f"{player.name}-ema"] if player.averaged else []
             for name in (player.name, *averages):
@@ -101,12 +124,18 @@ class Session:
         self.trainer.load_state_dict(tensors, step)
 
     def save(self) -> None:
-        """A checkpoint of now; then keep the best and the last."""
+        """A checkpoint of now; then keep the best and the last. All ranks come here."""
+        state = self.trainer.state_dict()
+        distributed.on_main(lambda: self._write(state))
+
+    def _write(self, state: State) -> None:
+        if not distributed.is_main():
+            return
         root = self.directory.checkpoints
         info = {"step": self.trainer.step, "validation": self.validation}
         path = checkpoint.step_path(root, self.trainer.step)
         if not path.exists():
-            checkpoint.save(path, self.trainer.state_dict(), info)
+            checkpoint.save(path, state, info)
         best = best_step(self.directory)
         newest = [step for step, _ in checkpoint.steps(root)][-self.options.keep :]
         checkpoint.prune(root, {self.trainer.step, *newest, *(() if best is None else (best,))})
@@ -129,6 +158,7 @@ class Session:
                     self.validate()
                 if record.step % max(1, trainer.steps // LOG_POINTS) == 0 or last:
                     self._log(record.rate)
+                stop.agree()
                 if stop.signal is not None or last or record.step % options.save_every == 0:
                     self.save()
                 if stop.signal is not None:

@@ -7,13 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 
+from nelbo.distributed import agree
+from nelbo.ranks import launched
+
 STOPS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stop:
     """A context in which SIGTERM and SIGINT set a flag that the loop reads between updates.
 
-    The second signal finds the handlers of before, so it ends the process at once.
+    The second signal finds the handlers of before, so it ends the process at once. Not so under
+    torchrun, which sends its own after that of a terminal, and kills what does not end.
     """
 
     def __init__(self) -> None:
@@ -27,7 +31,8 @@ class Stop:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
-        self._restore()
+        if not launched():
+            self._restore()
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
@@ -40,6 +45,10 @@ class Stop:
         trace: TracebackType | None,
     ) -> None:
         self._restore()
+
+    def agree(self) -> None:
+        """Ask all ranks to stop where one was asked; all of them come here between updates."""
+        self.signal = agree(self.signal or 0) or None
 
     @property
     def exit_code(self) -> int:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from nelbo import checkpoint, console
+from nelbo import checkpoint, console, distributed
 from nelbo.commands import Elsewhere, Evaluate, Sample
 from nelbo.data.base import Dataset
 from nelbo.errors import InputRefused, UsageError
@@ -33,7 +33,8 @@ class Stored:
 
     Arguments:
         assumed: what was assumed of a checkpoint of another code base; None for a run.
-        keeps: whether figures are written to the directory, or printed alone.
+        keeps: whether figures are written to the directory, or printed alone; of several ranks the
+            first writes.
     """
 
     directory: RunDirectory
@@ -103,11 +104,11 @@ def open_run(path: Path, which: str = "newest", device: str = "cpu") -> Stored:
     check_data(directory, recipe.dataset)
     step, loaded = choose(directory, which)
     state = loaded.tensors.get(f"{PLAYER}-ema", {})
-    where = str(checkpoint.step_path(directory.checkpoints, step))
+    where = str(_at(directory, step))
     checkpoint.check_tensors(state, recipe.model.state_dict(), where)
     recipe.model.load_state_dict(state)
     recipe.model.to(device).eval()
-    return Stored(directory, recipe, step, loaded.info)
+    return Stored(directory, recipe, step, loaded.info, keeps=distributed.is_main())
 
 
 def open_checkpoint(options: Evaluate | Sample, device: str) -> Stored:
@@ -168,7 +169,8 @@ def _open_foreign(options: Evaluate | Sample, device: str) -> Stored:
     subject, assumed = foreign.subject(checkpoint, data, size)
     subject.model.to(device).eval()
     directory = RunDirectory(options.run if options.out is None else options.out)
-    return Stored(directory, subject, 0, {}, assumed, options.out is not None)
+    keeps = options.out is not None and distributed.is_main()
+    return Stored(directory, subject, 0, {}, assumed, keeps)
 
 
 def assumptions(assumed: dict[str, str]) -> str:
@@ -181,6 +183,9 @@ def choose(directory: RunDirectory, which: str) -> tuple[int, checkpoint.Loaded]
     """The step and the tensors of the checkpoint that --checkpoint names."""
     if which == "newest":
         step, loaded, problems = checkpoint.newest_valid(directory.checkpoints)
+        if (first := distributed.on_main(lambda: step)) != step:
+            # a run that is still training: all ranks take what the first one found
+            step, loaded = first, checkpoint.load(_at(directory, first))
         for problem in problems:
             console.say(f"skipped: {problem}")
         return step, loaded
@@ -192,7 +197,11 @@ def choose(directory: RunDirectory, which: str) -> tuple[int, checkpoint.Loaded]
             f"{', '.join(known)} (training keeps as many as --keep says)"
         )
     step = int(str(wanted))
-    return step, checkpoint.load(checkpoint.step_path(directory.checkpoints, step))
+    return step, checkpoint.load(_at(directory, step))
+
+
+def _at(directory: RunDirectory, step: int) -> Path:
+    return checkpoint.step_path(directory.checkpoints, step)
 
 
 def best_step(directory: RunDirectory) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from contextlib import AbstractContextManager, suppress
@@ -10,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nelbo import console, report
-from nelbo.averages import Warming
+from nelbo import console, distributed, report, sharding
+from nelbo.averages import EMA, Warming
 from nelbo.data.feed import Feed
 from nelbo.data.loading import batch_indices
 from nelbo.design import enough
-from nelbo.errors import InputRefused, ResourceExhausted
+from nelbo.errors import InputRefused, ResourceExhausted, UsageError
+from nelbo.rates import Rate
 from nelbo.recipes.adversarial import build_game
 from nelbo.recipes.build import build
 from nelbo.recipes.families import Run, family_of, flag_of, folder_name, name_of, stored
@@ -23,7 +25,7 @@ from nelbo.recipes.groups import GameOptions, Options
 from nelbo.recipes.recipe import Recipe
 from nelbo.rundir import RunDirectory, default_path
 from nelbo.samplers import Ancestral
-from nelbo.trainer import Player, Rate, Trainer
+from nelbo.trainer import Player, Trainer
 from nelbo.walks import evaluate as evaluating
 from nelbo.walks import sample as sampling
 from nelbo.walks.measuring import Request, measure
@@ -77,12 +79,14 @@ def _made(options: Run) -> Training:
 
 def _begin(directory: RunDirectory, options: Run, arguments: list[str]) -> Training:
     """A new directory, or with --resume the one that exists."""
-    if options.resume and directory.begun():
+    if distributed.on_main(lambda: options.resume and directory.begun()):
         directory.open()
-        directory.lock()
-        kept = options_of(directory)
-        training = _made(dataclasses.replace(kept, cache=options.cache, ahead=options.ahead))
+        distributed.on_main(directory.lock)
+        own = options_of(directory)
+        read = dataclasses.replace(own, cache=options.cache, ahead=options.ahead)
+        training = _made(dataclasses.replace(read, shard=options.shard))
         check_data(directory, training.dataset)
+        _check_ranks(training)
         _say_ignored(options, training.options)
         return training
     training = _made(options)
@@ -95,8 +99,25 @@ def _begin(directory: RunDirectory, options: Run, arguments: list[str]) -> Train
         "data": training.dataset.record,
         "model": training.model(),
     }
-    directory.create(about, arguments)
+    _check_ranks(training)
+    distributed.on_main(lambda: directory.create(about, arguments))
     return training
+
+
+def _check_ranks(training: Training) -> None:
+    """Refuse ranks that read different data, or have nothing to do.
+
+    Raises:
+        InputRefused: the data differ. UsageError: more ranks than a part of the batch has rows.
+    """
+    distributed.spans(training.options.batch, getattr(training.options, "accumulation", 1))
+    mine = str(training.dataset.record.get("sha256"))
+    first = distributed.on_main(lambda: mine)
+    if distributed.agree_any(first != mine):
+        raise InputRefused(
+            "the ranks do not read the same data (their SHA-256 differ): give every machine the "
+            "same files"
+        )
 
 
 def _say_ignored(options: Run, own: Run) -> None:
@@ -135,7 +156,7 @@ class Diffusing(Training):
         return BoundWatch(self.recipe, trainer)
 
     def finish(self, session: Session, device: str) -> None:
-        averaged: Any = session.trainer.averages[PLAYER].module
+        averaged: Any = session.trainer.averages[PLAYER].whole()
         finish(session, dataclasses.replace(self.recipe, model=averaged), device)
 
 
@@ -143,11 +164,14 @@ def trainer_of(recipe: Recipe, device: str) -> Trainer:
     """The trainer of a recipe; batches and noise are functions of (seed, step)."""
     options, dataset = recipe.options, recipe.dataset
     model = recipe.model.to(device)
+    dealt = _deal(recipe, device) if options.shard else None
     if options.compile:
         model.network.compile()
 
+    mine = distributed.rows_of(options.batch, options.accumulation)
+
     def order(step: int) -> Tensor:
-        return batch_indices(len(dataset.train), options.batch, options.seed, step)
+        return batch_indices(len(dataset.train), options.batch, options.seed, step)[mine]
 
     # biases, gains and position maps are not shrunk: zero means nothing special there
     shrunk = [p for name, p in model.named_parameters() if p.ndim >= 2 and not _placed(name)]
@@ -175,7 +199,26 @@ def trainer_of(recipe: Recipe, device: str) -> Trainer:
         accumulation=options.accumulation,
         autocast=_autocast(device) if options.bf16 else None,
         carried={"objective": recipe.objective},
+        whole=options.batch,
+        dealt=dealt,
     )
+
+
+def _deal(recipe: Recipe, device: str) -> dict[str, EMA]:
+    """Deal the network to the ranks, in place, and its average, which is made before.
+
+    Raises:
+        UsageError: something outside of the network learns as well.
+    """
+    inside = {id(p) for p in recipe.model.network.parameters()}
+    if any(p.requires_grad and id(p) not in inside for p in recipe.model.parameters()):
+        raise UsageError("--shard deals a network; a schedule that learns is none: leave it out")
+    distributed.same(recipe.model.state_dict().values())
+    shadow, whole = copy.deepcopy(recipe.model), copy.deepcopy(recipe.model)
+    for model in (recipe.model, shadow):
+        sharding.shard(model.network, device)
+    average = EMA(recipe.model, Warming(recipe.options.ema), (shadow, whole))
+    return {PLAYER: average}
 
 
 def _placed(name: str) -> bool:
@@ -203,6 +246,8 @@ def finish(session: Session, recipe: Recipe, device: str) -> None:
     request = Request("test", calls, options.seed, quiet=session.quiet)
     (result,) = measure(recipe, [recipe.model], request)
     extra = evaluating.truth(recipe, request)
+    if not distributed.is_main():
+        return  # what is left is for one
     value = evaluating.write(stored_run, request, result, extra)
     times = recipe.times
     samples, strip = sampling.draw(

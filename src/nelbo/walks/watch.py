@@ -78,7 +78,7 @@ class BoundWatch(Watch):
         calls = enough(len(self.recipe.dataset.validation), self.recipe.options.validate_calls)
         request = Request("validation", calls, seed=0, quiet=True)
         # controls must know the schedule of the very model that is measured: it may be learned
-        model: Any = self.trainer.averages[PLAYER].module
+        model: Any = self.trainer.averages[PLAYER].whole()
         subject = replace(self.recipe, model=model)
         if self.plan is None:  # the same data every time: what is fitted to them is kept
             self.plan = plan_of(subject, request)
