@@ -152,7 +152,9 @@ def on_main(work: Callable[[], T]) -> T:
     if failed is not None:
         raise failed
     if "kind" in heard:
-        raise {kind.__name__: kind for kind in _KINDS}[heard["kind"]](heard["text"])
+        theirs = {kind.__name__: kind for kind in _KINDS}[heard["kind"]](heard["text"])
+        theirs.told = True  # rank 0 says it
+        raise theirs
     value: T = heard["value"]
     return value
 

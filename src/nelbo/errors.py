@@ -12,24 +12,29 @@ class UsageError(ValueError):
     """The command or its options are off; the message holds what to type instead (exit code 2)."""
 
     exit_code = 2
+    told = False
+    """Whether another rank says it."""
 
 
 class InputRefused(ValueError):
     """A file, array or checkpoint is not what it should be; the message names it (exit code 3)."""
 
     exit_code = 3
+    told = False
 
 
 class NumericalFailure(RuntimeError):
     """A loss or a gradient is not finite; the message says at which step (exit code 4)."""
 
     exit_code = 4
+    told = False
 
 
 class ResourceExhausted(RuntimeError):
     """Disk or memory ran out; what was saved before is intact (exit code 5)."""
 
     exit_code = 5
+    told = False
 
 
 class RankLost(ResourceExhausted):

@@ -151,7 +151,7 @@ def _heard() -> dict[str, Any] | None:
 
 def _tell(error: BaseException) -> None:
     """Say why this rank fails, if it is the first."""
-    if _store is None or world_size() == 1 or isinstance(error, RankLost) and error.told:
+    if _store is None or world_size() == 1 or getattr(error, "told", False):
         return
     with suppress(RuntimeError):
         if _store.add("failures", 1) == 1:

@@ -155,11 +155,12 @@ class GaussianMixture:
     ) -> Tensor:
         """`reduce` of the joint of component and x_t, over blocks of rows to bound the memory."""
         assert x.ndim == 2 and x.shape[1] == self.dims, f"(B, {self.dims}), not {tuple(x.shape)}"
-        x = x.double()
+        device, home = x.device, self.means.device
+        x, keep, lose = (_at(value, home) for value in (x, keep, lose))
         keeps, loses = (_per_row(value, len(x)) for value in (keep, lose))
         size = max(1, ENTRIES // self.means.numel())
         blocks = zip(*(torch.split(rows, size) for rows in (x, keeps, loses)), strict=True)
-        return torch.cat([reduce(*self._joint(*block)) for block in blocks])
+        return torch.cat([reduce(*self._joint(*block)) for block in blocks]).to(device)
 
     def _joint(self, x: Tensor, keep: Tensor, lose: Tensor) -> Parts:
         """log w_k N(x_t; ...), (B, K), and what the posterior needs, (B, K, D) or (B, 1, 1)."""
@@ -217,6 +218,11 @@ class GaussianMixture:
                 1,
             )
             yield points[torch.cdist(points, self.means).amin(1) <= reach]
+
+
+def _at(value: float | Tensor, device: torch.device) -> Tensor:
+    """The mixture computes where it is, whatever device asks."""
+    return torch.as_tensor(value, dtype=torch.float64).to(device)
 
 
 def _per_row(value: float | Tensor, rows: int) -> Tensor:
