@@ -100,7 +100,7 @@ _FLOORS = {
     "runfiles": (2, 0),
     "figures": (2, 0),
     "ratedistortion": (2, 1),
-    "gan": (2, 0),
+    "gan": (2, 1),
     "jsd": (2, 0),
     "sides": (2, 0),
     "looks": (2, 0),

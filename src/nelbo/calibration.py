@@ -12,7 +12,6 @@ Few calibration pairs tell few settings apart, so the grid grows with their numb
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,7 +21,7 @@ from torch.nn.functional import softplus
 
 from nelbo.errors import InputRefused
 from nelbo.fitting import score
-from nelbo.jsd import LOG2, checked
+from nelbo.jsd import LOG2, checked, promise
 from nelbo.judges import NONE, Judge, fingerprint
 from nelbo.randomness import generator, key
 
@@ -145,11 +144,10 @@ def settle(
     scale, shift, clip = torch.tensor(grid, dtype=torch.float64).T[:, :, None]
     a, b = (torch.maximum(torch.minimum(scale * x + shift, clip), -clip) for x in (s, t))
     z = LOG2 - (softplus(-a) + softplus(b)) / 2
-    rate = math.log(1 / alpha) / n
-    promise = z.mean(1) - (2 * z.var(1, correction=0) * rate).sqrt() - clip[:, 0] * rate
-    best = int(promise.argmax())
+    promised = promise(z, clip[:, 0], n, alpha)
+    best = int(promised.argmax())
     gain = float(z.mean(1)[best])
-    return Setting(*grid[best], predicted=float(promise[best]), gain=gain)
+    return Setting(*grid[best], predicted=float(promised[best]), gain=gain)
 
 
 def _grid(pairs: int, clips: Sequence[float] | None) -> list[tuple[float, float, float]]:

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nelbo.distributed import gather
+from nelbo.jsd import plug_in
 from nelbo.randomness import by_row
 
 HALVINGS = 60
@@ -49,14 +50,6 @@ REMEMBERED = 16
 def value(real: Tensor, fake: Tensor) -> Tensor:
     """log D(x) + log(1 − D(y)) of pairs, (B,) nats in float64, from the logits (B,) of both."""
     return -F.softplus(-real.double()) - F.softplus(fake.double())
-
-
-def plug_in(real: Tensor, fake: Tensor) -> float:
-    """log 2 + V/2 in nats over the logits of a batch: of the D at hand, on the data at hand.
-
-    On data that D was trained on it certifies nothing; see `nelbo.jsd` for what does.
-    """
-    return math.log(2) + float(value(real, fake).mean()) / 2
 
 
 def best_offset(real: Tensor, fake: Tensor) -> float:
@@ -241,7 +234,7 @@ class DiscriminatorLoss:
         if everywhere:
             real, fake = (torch.cat(gather(side)) for side in (real, fake))
         offset = best_offset(real, fake) if self.rules.loss.centred else 0.0
-        return plug_in(real + offset, fake + offset)
+        return plug_in(real + offset, fake + offset)[0]
 
 
 class GeneratorLoss:

@@ -47,10 +47,8 @@ def phi(r: float | Tensor) -> Tensor:
 
     Arguments:
         r: mass in [0, 1], any shape.
-
     Returns:
         nats, float64, of the shape of r.
-
     Raises:
         UsageError: r is outside [0, 1] or NaN.
     """
@@ -65,10 +63,8 @@ def kappa(x: float | Tensor) -> Tensor:
 
     Arguments:
         x: nats in [0, log 2], any shape.
-
     Returns:
         nats, float64, of the shape of x; accurate to the conditioning of x.
-
     Raises:
         UsageError: x is outside [0, log 2] or NaN.
     """
@@ -106,10 +102,8 @@ def payoff(real: Tensor, fake: Tensor, clip: float | Tensor) -> Tensor:
     Arguments:
         real, fake: (n,) logits of "real" at n reals and n fakes.
         clip: B > 0, one or (n,); inf leaves the logits as they are.
-
     Returns:
         (n,) float64 nats, in [log 2 - sp(B), log 2 - sp(-B)].
-
     Raises:
         InputRefused: logits that are not finite, not (n,), or not equally many.
         UsageError: clip is not positive.
@@ -158,10 +152,8 @@ def lower_bound(
         clip: B, positive and finite.
         alpha: P(bound > L(D)) is at most alpha.
         c: the largest share of the capital that one pair may lose.
-
     Returns:
         nats, at least 0; 0 says that nothing was detected at this n.
-
     Raises:
         InputRefused: see `payoff`. UsageError: alpha is not in (0, 1), or clip not positive.
     """
@@ -210,13 +202,17 @@ def predicted_bound(
         n: pairs of the certificate; m when None.
     """
     z = payoff(real, fake, clip)
-    rate = math.log(1 / alpha) / (len(z) if n is None else n)
-    return float(z.mean() - (2 * z.var(correction=0) * rate).sqrt() - clip * rate)
+    return float(promise(z, torch.tensor(float(clip)), len(z) if n is None else n, alpha))
+
+
+def promise(z: Tensor, clip: Tensor, n: int, alpha: float) -> Tensor:
+    """`predicted_bound` of payoffs: (..., m) nats and clips (...) -> (...) nats."""
+    rate = math.log(1 / alpha) / n
+    return z.mean(-1) - (2 * z.var(-1, correction=0) * rate).sqrt() - clip * rate
 
 
 def plug_in(real: Tensor, fake: Tensor) -> tuple[float, float]:
     """Mean and standard error of the unclipped payoff: an estimate of L(D), not a bound.
-
     Returns:
         (nats, nats); the error is nan for one pair.
     """
@@ -226,7 +222,6 @@ def plug_in(real: Tensor, fake: Tensor) -> tuple[float, float]:
 
 def log_e_value(real: Tensor, fake: Tensor) -> float:
     """log of E = prod 4 D(x)(1 - D(y)), unclipped; reject p = g at E >= 1/alpha: E_{p=g} E <= 1.
-
     Returns:
         nats, twice the sum of the unclipped payoffs: no product, hence no overflow.
     """

@@ -111,6 +111,7 @@ class Levels(Reading):
     layout: str | None
 
     def refuse_shape(self, place: Place) -> None:
+        """Refuse a type or a shape, (N, ...), that images have not."""
         if place.dtype not in (np.uint8, np.bool_):
             raise InputRefused(
                 f"{self.path}: values of type {place.dtype}; images are uint8 (levels 0..255) or "
@@ -119,6 +120,7 @@ class Levels(Reading):
         self._known(place.shape)
 
     def check(self, array: np.ndarray, start: int) -> None:
+        """Refuse rows, the first of them number `start`, that are NaN or infinite."""
         if not 2 <= self.top <= 256 or (array.size and int(array.max()) >= self.top):
             raise InputRefused(
                 f"{self.path}: values up to {int(array.max())} do not fit {self.top} levels; "

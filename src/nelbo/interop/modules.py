@@ -9,8 +9,11 @@ weights as they ended up in the module: code that reads further files cannot hid
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,10 +40,10 @@ def opened(where: str, inputs: Inputs, weights: Path | None = None) -> Features:
         InputRefused: no such file or function, it raises, it returns no module, or weights that
             do not fit.
     """
-    path, function = _parts(where)
+    path, name = _parts(where)
     code = _read(path)
     with seeded(0, "user module"):
-        module = _made(_function(path, function), where)
+        module = _made(function(where), where)
     files = [hashlib.sha256(code).hexdigest()]
     if weights is not None:
         files.append(hashlib.sha256(_read(weights)).hexdigest())
@@ -49,14 +52,13 @@ def opened(where: str, inputs: Inputs, weights: Path | None = None) -> Features:
     if weights is not None:
         note += f", {weights.name} sha256 {files[1]}"
     digest = hashlib.sha256(":".join([*files, digest_of(module.state_dict())]).encode())
-    name = f"{path.name}:{function}"
-    return Features(name, inputs, module, digest=digest.hexdigest(), note=note)
+    return Features(f"{path.name}:{name}", inputs, module, digest=digest.hexdigest(), note=note)
 
 
 def _parts(where: str) -> tuple[Path, str]:
     path, colon, function = where.rpartition(":")
     if not colon or not path.endswith(".py") or not function.isidentifier():
-        raise InputRefused(f"{where!r}: name the features as path/to/file.py:function")
+        raise InputRefused(f"{where!r}: name the function as path/to/file.py:function")
     return Path(path), function
 
 
@@ -67,24 +69,42 @@ def _read(path: Path) -> bytes:
         raise InputRefused(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-def _function(path: Path, function: str) -> Callable[[], Any]:
+def function(where: str) -> Callable[..., Any]:
+    """A function of the user's, which runs the file that it stands in.
+
+    What the file or the function prints goes to stderr: it is not a result.
+
+    Arguments:
+        where: "path/to/file.py:function".
+    Raises:
+        InputRefused: no such file or function, or the file raises.
+    """
+    path, name = _parts(where)
+    _read(path)
     spec = importlib.util.spec_from_file_location(NAME, path)
     assert spec is not None and spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(loaded)
-    except Exception as error:  # whatever the user's code raises, with its traceback kept
+        with contextlib.redirect_stdout(sys.stderr):
+            spec.loader.exec_module(loaded)
+    except (Exception, SystemExit) as error:  # whatever it raises, with its traceback kept
         raise InputRefused(f"{path}: raised {type(error).__name__}: {error}") from error
-    found = getattr(loaded, function, None)
+    found = getattr(loaded, name, None)
     if not callable(found):
-        raise InputRefused(f"{path}: has no function {function!r}")
-    made: Callable[[], Any] = found
-    return made
+        raise InputRefused(f"{path}: has no function {name!r}")
+    made: Callable[..., Any] = found
+
+    @functools.wraps(made)
+    def quietly(*arguments: Any) -> Any:
+        with contextlib.redirect_stdout(sys.stderr):
+            return made(*arguments)
+
+    return quietly
 
 
-def _made(function: Callable[[], Any], where: str) -> nn.Module:
+def _made(make: Callable[..., Any], where: str) -> nn.Module:
     try:
-        module = function()
+        module = make()
     except Exception as error:  # as above
         raise InputRefused(f"{where}: raised {type(error).__name__}: {error}") from error
     if not isinstance(module, nn.Module):

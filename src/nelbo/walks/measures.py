@@ -50,8 +50,7 @@ def prepared(options: Compare, held: Reals) -> Prepared | None:
     if not options.metrics:
         return None
     fit, scored = _parted(options, held)
-    with contextlib.redirect_stdout(sys.stderr):  # what a user's module prints is not a result
-        return Prepared(extractor_of(options, held, fit), scored)
+    return Prepared(extractor_of(options, held, fit), scored)
 
 
 def measured(options: Compare, held: Reals, fakes: Any, on: Prepared) -> Panel:

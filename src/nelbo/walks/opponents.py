@@ -7,11 +7,7 @@ drawn anew; the data of a run are its test part, and its other parts may train c
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
-import importlib.util
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +21,7 @@ from nelbo.data.base import Dataset
 from nelbo.data.bitrows import bitrows
 from nelbo.data.sources import open_path
 from nelbo.errors import InputRefused, UsageError
+from nelbo.interop.modules import function
 from nelbo.recipes import foreign
 from nelbo.recipes.recipe import Subject
 from nelbo.samplers import Ancestral
@@ -100,7 +97,7 @@ def run_sampler(
 
 def _opponent(options: Compare, path: Path, device: str) -> Opponent:
     if ":" in path.name and path.name.partition(":")[0].endswith(".py"):
-        return Opponent(path.name, "function", "none", _function(path), unbounded="a function")
+        return Opponent(path.name, "function", "none", function(str(path)), unbounded="a function")
     if is_game(path):
         return _game(options, path, device)
     if foreign.is_foreign(path) or (path / "recipe.json").is_file():
@@ -108,31 +105,6 @@ def _opponent(options: Compare, path: Path, device: str) -> Opponent:
     rows = read(path, options.size).all
     unbounded = "samples from a file have no bound"
     return Opponent(path.name, "array", "none", rows, {"path": str(path)}, unbounded=unbounded)
-
-
-def _function(path: Path) -> Callable[[int], Tensor]:
-    """The function of `file.py:name`, which takes n and gives n rows."""
-    file, _, name = str(path).rpartition(":")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    if spec is None or spec.loader is None or not Path(file).is_file():
-        raise InputRefused(f"{file}: is no Python file; give FILE.py:FUNCTION")
-    module = importlib.util.module_from_spec(spec)
-    with contextlib.redirect_stdout(sys.stderr):  # what it prints is not a result
-        try:
-            spec.loader.exec_module(module)
-        except (Exception, SystemExit) as error:
-            raise InputRefused(f"{file}: raised {type(error).__name__}: {error}") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise InputRefused(f"{file}: defines no function {name}; give FILE.py:FUNCTION")
-
-    @functools.wraps(function)
-    def quietly(count: int) -> Tensor:
-        with contextlib.redirect_stdout(sys.stderr):
-            drawn: Tensor = function(count)
-        return drawn
-
-    return quietly
 
 
 def _game(options: Compare, path: Path, device: str) -> Opponent:
