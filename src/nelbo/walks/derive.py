@@ -180,16 +180,15 @@ def _on_run(options: Derive, words: Sequence[str], path: Path) -> dict[str, Any]
     started = time.monotonic()
     sheet = Sheet(not options.json)
     wanted = {one.id for one in chain.of_words(words)} if words else None
-    subject = derived.opened(options, path)
-    sheet.show((row, printed.PLAIN) for row in derived.opening(subject, sheet.width))
+    run = derived.opened(options, path)
+    sheet.show(run.opening(sheet.width))
     results = []
-    with _meter(options, len(chain.IDENTITIES)) as meter:
-        for found in derived.results(subject, wanted):
+    with _meter(options, len(run.table)) as meter:
+        for found in run.results(wanted):
             results.append(found)
             sheet.show(_shown(found, (), bool(words), sheet.width))
             meter.update(len(results), found.identity.name)
-    skipped = derived.skipped(subject, wanted)
-    sheet.show(derived.skipped_rows(skipped, sheet.width))
+    sheet.show(run.closing(sheet.width))
     sheet.show(_summary(results, (), time.monotonic() - started, sheet.width))
-    about = {"run": derived.about(subject), "skipped": skipped, "seed": options.seed}
+    about = {"run": run.about, "skipped": run.skipped, "seed": options.seed}
     return {**chain.document(results), **about}
