@@ -146,6 +146,16 @@ def compare(arguments: list[str]) -> int:
     return 0
 
 
+def derive(arguments: list[str]) -> int:
+    """Run the derivation: every identity with its sides, on small models or on a run."""
+    options = _parse("Derive", arguments)
+    from nelbo.walks import derive as walk
+
+    _threads(options.threads)
+    walk.run(options)
+    return 0
+
+
 def export(arguments: list[str]) -> int:
     """Write a run's model for another library."""
     options = _parse("Export", arguments)
@@ -182,6 +192,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": evaluate,
     "sample": sample,
     "compare": compare,
+    "derive": derive,
     "export": export,
     "report": report,
     "recipes": recipes,

@@ -1,0 +1,147 @@
+"""All identities in the order in which a reader derives them, by chapters; found by id or name.
+
+The chain begins with the likelihood of a latent variable model, takes it apart into the bound and
+the bound into its Gaussian terms, goes on with what is trained and how it is measured, and ends
+with the game and what a discriminator proves. Beside it stand the wrong variants, which have to
+disagree: they show that the check can fail.
+"""
+
+from __future__ import annotations
+
+import difflib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nelbo.derivation.identity import Erratum, Identity, Line, Result
+from nelbo.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """Identities that belong together.
+
+    Arguments:
+        name: a word for the command line. title: a line for a reader.
+    """
+
+    name: str
+    title: str
+    identities: tuple[Identity, ...]
+
+
+CHAPTERS: tuple[Chapter, ...] = ()
+ERRATA: tuple[Erratum, ...] = ()
+IDENTITIES: tuple[Identity, ...] = tuple(one for c in CHAPTERS for one in c.identities)
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """A wrong variant beside the right value, computed."""
+
+    erratum: Erratum
+    line: Line
+    seconds: float
+
+    @property
+    def caught(self) -> bool:
+        """Whether it disagrees, as it has to."""
+        return not self.line.agrees
+
+    def as_json(self) -> dict[str, Any]:
+        """Its JSON object."""
+        one = self.erratum
+        return {
+            "id": one.id,
+            "identity": one.identity,
+            "printed": one.printed,
+            "right": one.right,
+            "why": one.why,
+            "caught": self.caught,
+            **self.line.as_json(),
+            "seconds": self.seconds,
+        }
+
+
+def find(word: str) -> Identity:
+    """An identity by its id, its name, or the id of an erratum that belongs to it.
+
+    Raises:
+        UsageError: there is none; names near ones.
+    """
+    return of_words([word])[0]
+
+
+def of_words(words: Sequence[str]) -> list[Identity]:
+    """The identities that are meant by ids, names, ids of errata, or names of chapters.
+
+    Raises:
+        UsageError: a word means none; names near ones.
+    """
+    found: dict[str, Identity] = {}
+    for word in words:
+        found |= {one.id: one for one in _meant(word)}
+    return list(found.values())
+
+
+def known(word: str) -> bool:
+    """Whether a word means an identity or a chapter."""
+    return word.lower() in _table()
+
+
+def _meant(word: str) -> tuple[Identity, ...]:
+    table = _table()
+    if word.lower() in table:
+        return table[word.lower()]
+    near = difflib.get_close_matches(word.lower(), table, n=4, cutoff=0.5)
+    hint = f"near it are {', '.join(near)}" if near else "`nelbo derive` lists them all"
+    raise UsageError(f"no identity {word!r}: {hint}")
+
+
+def _table() -> dict[str, tuple[Identity, ...]]:
+    """What each word means; where an identity and a chapter share a name, the identity."""
+    by_id = {one.id: one for one in IDENTITIES}
+    table = {chapter.name: chapter.identities for chapter in CHAPTERS}
+    table |= {e.id.lower(): (by_id[e.identity],) for e in ERRATA}
+    table |= {one.name: (one,) for one in IDENTITIES}
+    return table | {one.id.lower(): (one,) for one in IDENTITIES}
+
+
+def errata_of(identity: Identity) -> list[Erratum]:
+    """The wrong variants of an identity."""
+    return [erratum for erratum in ERRATA if erratum.identity == identity.id]
+
+
+def compute(identity: Identity, seed: int = 0) -> Result:
+    """An identity with its lines."""
+    started = time.perf_counter()
+    lines = tuple(identity.lines(seed))
+    return Result(identity, lines, time.perf_counter() - started)
+
+
+def run(identities: Sequence[Identity], seed: int = 0) -> list[Result]:
+    """All of them, in the order given."""
+    return [compute(identity, seed) for identity in identities]
+
+
+def tried(erratum: Erratum, seed: int = 0) -> Wrong:
+    """A wrong variant beside the right value."""
+    started = time.perf_counter()
+    line = erratum.line(seed)
+    return Wrong(erratum, line, time.perf_counter() - started)
+
+
+def errata(seed: int = 0) -> Iterator[Wrong]:
+    """All wrong variants, one after the other."""
+    return (tried(erratum, seed) for erratum in ERRATA)
+
+
+def document(results: Sequence[Result], wrong: Sequence[Wrong] = ()) -> dict[str, Any]:
+    """The JSON document (schema 1)."""
+    return {
+        "schema": 1,
+        "agrees": all(r.agrees for r in results) and all(w.caught for w in wrong),
+        "identities": [result.as_json() for result in results],
+        "errata": [one.as_json() for one in wrong],
+    }

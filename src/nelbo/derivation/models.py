@@ -1,0 +1,147 @@
+r"""The small models of the derivation, whose answers are known.
+
+    bits      2 bits, 3 latents, π = .3: all 4 · 4³ trajectories are enumerated;
+    affine    data N(.5, .49), 5 latents, ε̂ affine in x_t;
+    levels    the same chain on 8 integer levels with the discretised decoder.
+
+Their networks are deliberately off, so that the bound has a gap. `exact_bits` and `exact_affine`
+have the exact reverse conditionals of data with a known law: 2 independent bits, N(.5, .49).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nelbo.binary import BernoulliDecoder, Context, Logits
+from nelbo.decoders import Constant, Density, Discretized
+from nelbo.derivation.line import Affine, Levelled, hermite
+from nelbo.derivation.settings import Enumerated, patterns
+from nelbo.distributions import level_values
+from nelbo.parameterizations import X0, Epsilon
+from nelbo.processes.base import along
+from nelbo.processes.bernoulli import Bernoulli
+from nelbo.processes.gaussian import Gaussian
+from nelbo.reverse import Decoder, Reverse
+from nelbo.schedules import LogSNRLinear, Schedule, Tabulated
+from nelbo.variances import Optimal, Transition
+
+GAUSSIAN, BERNOULLI = "Gaussian", "Bernoulli"
+"""Names of the families."""
+LEVELS = 8
+MEAN, VARIANCE = 0.5, 0.49
+"""Of the Gaussian data."""
+RATE = 0.3
+"""π of the bits."""
+RATES = (0.7, 0.2)
+"""P(x_0 = 1) of the two independent bits of `exact_bits`."""
+MASSES = (0.4, 0.1, 0.2, 0.3)
+"""q(x_0) of the four patterns 00, 10, 01, 11 of `bits`, which are not independent."""
+
+
+class BitNetwork(nn.Module):
+    """Logits that look at both bits and at the time; nobody's posterior."""
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Any = None) -> Tensor:
+        turned = x_t.flip(1)
+        return 2.5 * x_t - 1.1 + 0.6 * turned - along(0.8 * t, x_t) * x_t
+
+
+class LineNetwork(nn.Module):
+    """ε̂ affine in x_t, with a slope and an offset that no data has."""
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Any = None) -> Tensor:
+        return along(0.3 + 0.5 * t, x_t) * x_t + along(0.1 - 0.2 * t, x_t)
+
+
+class LinePosterior(nn.Module):
+    """E[x_0|x_t] of N(mean, variance) data."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        super().__init__()
+        self.schedule = schedule
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Any = None) -> Tensor:
+        keep, lose = (along(v, x_t) for v in (self.schedule.keep(t), self.schedule.lose(t)))
+        gain = keep.sqrt() * VARIANCE / (keep * VARIANCE + lose)
+        return MEAN + gain * (x_t - keep.sqrt() * MEAN)
+
+
+class Constantly(nn.Module):
+    """The same output everywhere.
+
+    Arguments:
+        output: (*shape).
+    """
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Any = None) -> Tensor:
+        return self.output.expand_as(x_t)
+
+
+def line_schedule() -> LogSNRLinear:
+    """log-SNR 4, 2, 0, −2, −4 on a grid of 5."""
+    return LogSNRLinear(4.0, -4.0)
+
+
+def bit_schedule() -> Tabulated:
+    """Three steps that redraw a bit with probability .15, .4, .6."""
+    return Tabulated([0.15, 0.4, 0.6])
+
+
+def bits(decoder: Decoder | None = None, rate: float = RATE) -> Enumerated:
+    """2 dependent bits and a network that is off."""
+    schedule = bit_schedule()
+    decoder = BernoulliDecoder() if decoder is None else decoder
+    model = Reverse(Bernoulli(schedule, rate), BitNetwork(), Logits(), decoder)
+    weight = torch.tensor(MASSES, dtype=torch.float64)
+    return Enumerated(model, schedule.grid(), patterns(2), weight, BERNOULLI)
+
+
+def line_data() -> tuple[Tensor, Tensor]:
+    """Three weighted points with the moments of N(.5, .49) up to the fifth; (3, 1) and (3,)."""
+    z, weight = hermite(3)
+    return MEAN + VARIANCE**0.5 * z[:, None], weight
+
+
+def affine(decoder: Decoder | None = None, times: Tensor | None = None) -> Affine:
+    """N(.5, .49) and an affine network that is off; σ² = β, decoder variance lose(t_1)."""
+    schedule = line_schedule()
+    decoder = Density() if decoder is None else decoder
+    model = Reverse(Gaussian(schedule), LineNetwork(), Epsilon(Transition()), decoder)
+    grid = schedule.grid(5) if times is None else times
+    return Affine(model, grid, *line_data(), GAUSSIAN)
+
+
+def levels() -> Levelled:
+    """8 levels, each with the same mass, and the affine network."""
+    schedule = line_schedule()
+    model = Reverse(Gaussian(schedule), LineNetwork(), Epsilon(Transition()), Discretized(LEVELS))
+    weight = torch.full((LEVELS,), 1 / LEVELS, dtype=torch.float64)
+    x_0 = level_values(LEVELS, weight)[:, None]
+    return Levelled(model, schedule.grid(5), x_0, weight, f"{GAUSSIAN}, {LEVELS} levels")
+
+
+def exact_bits() -> Enumerated:
+    """Two independent bits and their exact reverse conditionals."""
+    schedule, rates = bit_schedule(), torch.tensor(RATES, dtype=torch.float64)
+    network = Constantly(rates.logit())
+    model = Reverse(Bernoulli(schedule, RATE), network, Context(), BernoulliDecoder())
+    x_0 = patterns(2)
+    weight = (x_0 * rates + (1 - x_0) * (1 - rates)).prod(1)
+    return Enumerated(model, schedule.grid(), x_0, weight, BERNOULLI)
+
+
+def exact_affine(times: Tensor | None = None) -> Affine:
+    """N(.5, .49) and its exact reverse conditionals on any grid."""
+    schedule = line_schedule()
+    grid = schedule.grid(5) if times is None else times
+    error = 1 / (1 / VARIANCE + schedule.logsnr(grid).exp())
+    decoder = Density(Constant(float(error[0].log())))
+    model = Reverse(Gaussian(schedule), LinePosterior(schedule), X0(Optimal(grid, error)), decoder)
+    return Affine(model, grid, *line_data(), GAUSSIAN)

@@ -1,0 +1,222 @@
+r"""The likelihood and the bound on a trained model: every identity at the user's own data.
+
+A function here gives the lines of one identity for a `Trained`, or says why it does not apply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nelbo.bound import bound
+from nelbo.decoders import EdgeFixed
+from nelbo.derivation.identity import Line
+from nelbo.derivation.rows import log_weights
+from nelbo.derivation.trained import Trained
+from nelbo.distributions import per_example
+from nelbo.entropy import EntropyForm, entropy_form
+from nelbo.likelihood import importance_weighted
+from nelbo.randomness import seeded
+
+Said = list[Line] | str
+"""Lines, or why there are none."""
+BOUND, IW = "nelbo.bound.bound", "nelbo.likelihood.importance_weighted"
+PAIR, PRIOR = "nelbo.bound.pair_term", "nelbo.bound.prior_term"
+MARGINAL, STEP = "Process.marginal", "Process.transition"
+POSTERIOR, KERNEL = "Process.posterior", "Reverse.kernel"
+ONE = "the chain has one latent, so no pair"
+
+
+def paired(lines: Callable[[Trained], Said]) -> Callable[[Trained], Said]:
+    """Only for chains with a pair of latents."""
+    return lambda t: lines(t) if len(t.times) > 1 else ONE
+
+
+def bayes(t: Trained) -> Said:
+    """I6 at every pair of every trajectory."""
+    right = t.posterior + t.marginal[:, 1:] - t.marginal[:, :-1]
+    return [
+        t.exact(
+            ("log q(x_t|x_s)", t.forward[:, 1:], STEP),
+            ("log q(x_s|x_t,x_0) + log q(x_t|x_0) - log q(x_s|x_0)", right, POSTERIOR),
+            of="pairs of neighbours on trajectories",
+        )
+    ]
+
+
+def telescoping(t: Trained) -> Said:
+    """I7, each difference of marginals by I6."""
+    steps = (t.posterior - t.forward[:, 1:]).sum(1)
+    ends = t.marginal[:, 0] - t.marginal[:, -1]
+    return [
+        t.exact(
+            ("sum over pairs of log q(x_s|x_t,x_0) - log q(x_t|x_s)", steps, STEP),
+            ("log q(x_1|x_0) - log q(x_N|x_0)", ends, MARGINAL),
+        )
+    ]
+
+
+def three_terms(t: Trained) -> Said:
+    """I8 on every trajectory."""
+    prior = t.marginal[:, -1] - t.reverse[:, -1]
+    pairs = (t.posterior - t.reverse[:, 1:-1]).sum(1)
+    return [
+        t.exact(
+            ("-log w, by the steps of q forwards", -log_weights(t.model, t.times, t.rows), STEP),
+            (
+                "log q(x_N|x_0)/p(x_N) + sum of log q(x_s|x_t,x_0)/p(x_s|x_t) - log p(x_0|x_1)",
+                prior + pairs - t.reverse[:, 0],
+                POSTERIOR,
+            ),
+        )
+    ]
+
+
+def divergences(t: Trained) -> Said:
+    """I9, all pairs together and the dearest one alone."""
+    ratios, kl = t.posterior - t.reverse[:, 1:-1], t.terms.diffusion
+    dear = int(kl.mean(0).argmax())
+    left = "E log q(x_s|x_t,x_0)/p(x_s|x_t)"
+    return [
+        t.drawn(
+            (f"sum over pairs of {left}", ratios.sum(1), KERNEL),
+            ("sum over pairs of E KL", kl.sum(1), PAIR),
+        ),
+        t.drawn(
+            (left, ratios[:, dear], KERNEL),
+            ("E KL(q(x_s|x_t,x_0)||p(x_s|x_t))", kl[:, dear], PAIR),
+            note=f"the dearest pair, latents {dear + 1} and {dear + 2}",
+        ),
+    ]
+
+
+def last_term(t: Trained) -> Said:
+    """I10."""
+    ratio = t.marginal[:, -1] - t.reverse[:, -1]
+    return [
+        t.drawn(
+            ("E log q(x_N|x_0)/p(x_N)", ratio, MARGINAL),
+            ("KL(q(x_N|x_0)||p(x_N))", t.terms.prior, PRIOR),
+        )
+    ]
+
+
+def three_term_bound(t: Trained) -> Said:
+    """I11: whole trajectories against the bound with draws of its own."""
+    return [
+        t.drawn(
+            ("E[-log w] on trajectories", t.minus_log_w, "Process.transition, Reverse.kernel"),
+            ("prior + sum E KL + E[-log p(x_0|x_1)]", t.bound, BOUND),
+        )
+    ]
+
+
+def entropies(t: Trained) -> Said:
+    """I12."""
+    form = _form(t, t.terms.diffusion.sum(1))
+    return [
+        t.drawn(
+            (
+                "E[log q(x_1|x_0) - log q(x_N|x_0)]",
+                t.marginal[:, 0] - t.marginal[:, -1],
+                MARGINAL,
+            ),
+            ("H_q(X_N|X_0) - H_q(X_1|X_0)", form.last - form.first, "nelbo.entropy.entropy_form"),
+        )
+    ]
+
+
+def detailed_balance(t: Trained) -> Said:
+    """I13, between the data and the first latent."""
+    process, first = t.model.process, t.times[0]
+    x_1 = t.rows.latents[:, 0]
+    back = t.model.sharing(decoder=EdgeFixed()).at(x_1, first).decoder()
+    left = process.prior(t.x_0).log_prob(t.x_0) + process.marginal(t.x_0, first).log_prob(x_1)
+    right = process.prior(x_1).log_prob(x_1) + back.log_prob(t.x_0)
+    return [
+        t.exact(
+            ("log pi(x_0) + log q(x_1|x_0)", per_example(left), MARGINAL),
+            ("log pi(x_1) + log T(x_0|x_1)", per_example(right), "nelbo.decoders.EdgeFixed"),
+            of="examples",
+        )
+    ]
+
+
+def edge_step(t: Trained) -> Said:
+    """I14, with the bound drawn apart from the divergences."""
+    if not isinstance(t.model.decoder_rule, EdgeFixed):
+        return "its decoder is not the fixed edge step (--decoder fixed)"
+    form = _form(t, t.terms.diffusion.sum(1))
+    return [
+        t.drawn(
+            ("E L", t.bound, BOUND),
+            (
+                "sum E KL + H_q(X_1|X_0) - H_q(X_N|X_0) + ce(t_N) - ce(t_1) + ce(0)",
+                form.bound,
+                "nelbo.entropy.entropy_form",
+            ),
+        )
+    ]
+
+
+def paper_form(t: Trained) -> Said:
+    """I15: K, and by what it misses the bound."""
+    if not isinstance(t.model.decoder_rule, EdgeFixed):
+        return "its decoder is not the fixed edge step (--decoder fixed)"
+    form = _form(t, t.terms.diffusion.sum(1))
+    return [
+        t.drawn(
+            ("E L + K", t.bound + form.k, "nelbo.entropy.entropy_form, nelbo.bound.bound"),
+            ("ce(t_N) - ce(t_1) + ce(0) - H_p(X_N)", form.excess, "nelbo.entropy.entropy_form"),
+            note="0 where K is the bound",
+        )
+    ]
+
+
+def order(t: Trained) -> Said:
+    """I4 where the data's law is known."""
+    if t.law is None:
+        return "the law of its data is not known"
+    return [
+        t.drawn(
+            ("E L", t.bound, BOUND),
+            ("E[-log q(x_0)], the entropy", -t.law.log_prob(t.x_0), "GaussianMixture.log_prob"),
+            ">=",
+        )
+    ]
+
+
+def importance(t: Trained) -> Said:
+    """I47: one trajectory gives the bound, several a tighter one."""
+    rows, draws = t.weighed
+    x_0 = t.x_0[:rows]
+    found = importance_weighted(t.model, x_0, t.times, draws, seed=t.setting.seed)
+    with seeded(t.setting.seed, "derive", "importance"):
+        total = bound(t.model, x_0, t.times).total
+    size = f"median effective sample size {float(found.ess.median()):.1f} of {draws}"
+    return [
+        t.drawn(("L_1, mean over trajectories", found.table(1).mean(1), IW), ("L", total, BOUND)),
+        t.drawn((f"L_{draws}", found.values, IW), ("L", total, BOUND), "<=", size),
+    ]
+
+
+def _form(t: Trained, divergences: Tensor) -> EntropyForm:
+    return entropy_form(t.model.process, t.x_0, t.times, divergences)
+
+
+TABLE: dict[str, Callable[[Trained], Said]] = {
+    "I4": order,
+    "I6": paired(bayes),
+    "I7": paired(telescoping),
+    "I8": three_terms,
+    "I9": paired(divergences),
+    "I10": last_term,
+    "I11": three_term_bound,
+    "I12": entropies,
+    "I13": detailed_balance,
+    "I14": edge_step,
+    "I15": paper_form,
+    "I47": importance,
+}
