@@ -196,7 +196,7 @@ _FLOORS = {
     "derivation.trained": (5, 1),
     "derivation.trainedchain": (5, 2),
     "derivation.trainedloss": (5, 3),
-    "derivation.trainedgame": (5, 1),
+    "derivation.trainedgame": (5, 2),
     "derivation": (5, 9),
     "recipes.groups": (5, 0),
     "recipes.limits": (5, 0),
