@@ -3,14 +3,13 @@ r"""One error curve M_t gives the best variance, the bound of every grid, and th
     σ*² = β̃ (1 + (snr_s − snr_t) M_t),     E KL = (d/2) log(1 + (snr_s − snr_t) M_t),
     cost of a grid = decoder at its first time + prior + Σ_pairs of either form,
 
-M_t = E‖x_0 − x̂_0(x_t)‖²/d of the network, exact or not. Here the curve is exact, and each figure is
-held against the bound's own terms, summed over points.
+M_t = E‖x_0 − x̂_0(x_t)‖²/d of the network, exact or not. Here the curve is exact, and each figure
+is held against the bound's own terms, summed over points.
 """
 
 from __future__ import annotations
 
 import math
-from functools import cache
 from itertools import combinations
 
 import torch
@@ -102,12 +101,6 @@ class Study:
         return total
 
 
-@cache
-def study() -> Study:
-    """It is the same for every line."""
-    return Study()
-
-
 class OptimalSubsets(Identity):
     id = "I44"
     name = "optimal-subsets"
@@ -130,7 +123,7 @@ class OptimalSubsets(Identity):
     source = "Watson, Ho, Norouzi, Chan 2021"
 
     def lines(self, seed: int) -> list[Line]:
-        s, lines = study(), []
+        s, lines = Study(), []
         decoder = s.decoder()
         for name, variance in (("beta~", Posterior()), ("the optimal", s.curve.optimal())):
             found = s.curve.subsets(variance, max(SIZES))
@@ -140,8 +133,8 @@ class OptimalSubsets(Identity):
             lines.append(
                 compared(
                     "Gaussian",
-                    ("dynamic programming", found.costs[torch.tensor(SIZES) - 1], SUBSETS),
                     ("the terms of its grid", torch.tensor(chosen, dtype=torch.float64), PAIR),
+                    ("dynamic programming", found.costs[torch.tensor(SIZES) - 1], SUBSETS),
                     (
                         "the least of all subsets",
                         torch.tensor(least, dtype=torch.float64),
@@ -198,15 +191,15 @@ class OptimalVariance(Identity):
     source = "Bao, Li, Zhu, Zhang 2022, theorem 1; Nichol, Dhariwal 2021, section 3.1"
 
     def lines(self, seed: int) -> list[Line]:
-        s = study()
+        s = Study()
         optimal = s.curve.optimal()
         snr = s.schedule.logsnr(s.times).exp()
         gain = (snr[:-1] - snr[1:]) * s.error[1:]
-        cost = self._pairs(optimal).detach()
+        cost = self._pairs(s, optimal).detach()
         move = torch.zeros((), dtype=torch.float64, requires_grad=True)
-        (slope,) = torch.autograd.grad(self._pairs(Moved(optimal, move)).sum(), move)
+        (slope,) = torch.autograd.grad(self._pairs(s, Moved(optimal, move)).sum(), move)
         fixed = 0.5 * gain.sum()
-        around = [self._pairs(Moved(optimal, torch.tensor(v))).sum() for v in (-0.02, 0.02)]
+        around = [self._pairs(s, Moved(optimal, torch.tensor(v))).sum() for v in (-0.02, 0.02)]
         return [
             compared(
                 "Gaussian",
@@ -234,9 +227,8 @@ class OptimalVariance(Identity):
         ]
 
     @staticmethod
-    def _pairs(variance: Variance) -> Tensor:
+    def _pairs(s: Study, variance: Variance) -> Tensor:
         """(8,) E KL of neighbours."""
-        s = study()
         model = with_variance(s.model, variance)
         at, x_0, index = called(model, s.points, s.times)
         rows = index > 0
@@ -262,23 +254,23 @@ class StepCurve(Identity):
     source = "Kingma et al. 2021, section 4; Watson, Ho, Norouzi, Chan 2021"
 
     def lines(self, seed: int) -> list[Line]:
-        s = study()
+        s = Study()
         rules = {"beta~": Posterior(), "beta": Transition(), "optimal": s.curve.optimal()}
         kept = [torch.tensor(grid) for grid in GRIDS]
         return [
             compared(
                 "Gaussian",
                 ("from the curve", torch.cat([s.curve.values(v, k) for k in kept]), VALUES),
-                ("from the terms", torch.stack([self._total(v, k) for k in kept]), PAIR),
+                (
+                    "from the terms",
+                    torch.stack([s.total(with_variance(s.model, v), k) for k in kept]),
+                    PAIR,
+                ),
                 tolerance=1e-7,
                 note=f"variance {name}",
             )
             for name, v in rules.items()
         ]
-
-    @staticmethod
-    def _total(variance: Variance, kept: Tensor) -> Tensor:
-        return study().total(with_variance(study().model, variance), kept)
 
 
 IDENTITIES: tuple[Identity, ...] = (OptimalSubsets(), OptimalVariance(), StepCurve())

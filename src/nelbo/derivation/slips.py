@@ -15,7 +15,7 @@ from nelbo.bound import pair_term
 from nelbo.derivation.algebra import KL, LOG_PROB
 from nelbo.derivation.denoisers import compared, hermite, normal, sphere
 from nelbo.derivation.identity import Erratum, Identity, Line
-from nelbo.derivation.minima import best_logvar, shared_mean
+from nelbo.derivation.minima import shared_mean
 from nelbo.derivation.noise import BETAS, NOISE, PAIR, POSTERIOR, chain
 from nelbo.distributions import DiagonalNormal, kl_divergence, per_example
 from nelbo.objectives import noise_error
@@ -67,24 +67,6 @@ class SameMinimiser(Erratum):
             ("shared mean of the least squared error", shared_mean(weighted=False), "autograd"),
             ("shared mean of the least KL", shared_mean(weighted=True), KL),
             unit="mean",
-        )
-
-
-class BestVariance(Erratum):
-    id = "E26b"
-    identity = "I21"
-    printed = "minimising the squared error is equivalent to minimising KL (in the variance)"
-    right = "KL is least at v_Q = v_P + (mu_P-mu_Q)^2"
-    why = "the squared error of draws falls as v_Q -> 0"
-
-    def line(self, seed: int) -> Line:
-        tried = torch.linspace(-9, 3, 1201, dtype=torch.float64)
-        square = (P[0] - Q[0]) ** 2 + P[1] + tried.exp()
-        return compared(
-            "Gaussian",
-            ("log v_Q of the least squared error", tried[square.argmin()], "a table"),
-            ("log v_Q of the least KL", best_logvar(), KL),
-            unit="log variance",
         )
 
 
@@ -250,7 +232,6 @@ IDENTITIES: tuple[Identity, ...] = ()
 ERRATA: tuple[Erratum, ...] = (
     SquaredDistance(),
     SameMinimiser(),
-    BestVariance(),
     Transition(),
     WrongWay(),
     Density(),

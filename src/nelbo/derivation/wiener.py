@@ -57,9 +57,9 @@ class WienerControl(Identity):
     name = "wiener-control"
     title = "A stand-in for a term whose mean over the noise needs no network"
     latex = (
-        r"\mathbb E_\varepsilon\ell_G=\tfrac12\sum_j\frac{(1-W_j)^2\xi_j^2+\sigma^2W_j^2}{\sigma^2}"
-        r",\quad W=\frac{\Lambda}{\Lambda+\sigma^2},\qquad \mathbb E\,\mathbb E_\varepsilon\ell_G="
-        r"\tfrac12\sum_jW_j\ \text{for Gaussian data}"
+        r"\mathbb E_\varepsilon\ell_G=\tfrac12\sum_j\frac{(1-W_j)^2\xi_j^2+\sigma^2W_j^2}"
+        r"{\sigma^2},\quad W=\frac{\Lambda}{\Lambda+\sigma^2},\qquad \mathbb E\,\mathbb E_"
+        r"\varepsilon\ell_G=\tfrac12\sum_jW_j\ \text{for Gaussian data}"
     )
     text = "E l_G = 1/2 sum [(1-W)^2 xi^2 + sigma^2 W^2]/sigma^2; on average 1/2 sum W"
     assumes = "Gaussian process, sigma^2 = beta~ for its use on terms; any data for its mean"
