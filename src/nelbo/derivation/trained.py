@@ -63,7 +63,8 @@ class Asked(nn.Module):
 
     def _ask(self, x_t: Tensor, t: Tensor) -> Tensor:
         x = x_t.to(self.device, torch.float32)
-        return self.network(x, t.to(self.device), None).to("cpu", torch.float64)
+        answer: Tensor = self.network(x, t.to(self.device), None)
+        return answer.to("cpu", torch.float64)
 
 
 def widened(n: int) -> float:
@@ -91,6 +92,17 @@ def in_float64(model: Reverse, device: str) -> Reverse:
     return found.eval()
 
 
+class Kept(Sampled):
+    """A setting whose trajectories are drawn once."""
+
+    def trajectories(self) -> Rows:
+        return self._drawn
+
+    @cached_property
+    def _drawn(self) -> Rows:
+        return super().trajectories()
+
+
 @dataclass(frozen=True, eq=False)
 class Trained:
     """A trained model, rows of its data, one trajectory for each, and what is computed of them.
@@ -101,7 +113,7 @@ class Trained:
         weighed: rows and trajectories of each for the importance-weighted bound.
     """
 
-    setting: Sampled
+    setting: Kept
     objective: Objective
     law: GaussianMixture | None = None
     weighed: tuple[int, int] = (32, 16)

@@ -13,8 +13,10 @@ from torch.distributions import Distribution
 
 from nelbo.bound import bound
 from nelbo.decoders import EdgeFixed
+from nelbo.derivation.edges import DetailedBalance
 from nelbo.derivation.identity import Line
-from nelbo.derivation.rows import log_weights
+from nelbo.derivation.stated import Stated
+from nelbo.derivation.telescoping import Bayes, Telescoping, ThreeTerms
 from nelbo.derivation.trained import Trained
 from nelbo.distributions import per_example
 from nelbo.entropy import EntropyForm, entropy_form
@@ -25,7 +27,7 @@ Said = list[Line] | str
 """Lines, or why there are none."""
 BOUND, IW = "nelbo.bound.bound", "nelbo.likelihood.importance_weighted"
 PAIR, PRIOR = "nelbo.bound.pair_term", "nelbo.bound.prior_term"
-MARGINAL, STEP = "Process.marginal", "Process.transition"
+MARGINAL = "Process.marginal"
 POSTERIOR, KERNEL = "Process.posterior", "Reverse.kernel"
 ONE = "the chain has one latent, so no pair"
 
@@ -35,44 +37,9 @@ def paired(lines: Callable[[Trained], Said]) -> Callable[[Trained], Said]:
     return lambda t: lines(t) if len(t.times) > 1 else ONE
 
 
-def bayes(t: Trained) -> Said:
-    """I6 at every pair of every trajectory."""
-    right = t.posterior + t.marginal[:, 1:] - t.marginal[:, :-1]
-    return [
-        t.exact(
-            ("log q(x_t|x_s)", t.forward[:, 1:], STEP),
-            ("log q(x_s|x_t,x_0) + log q(x_t|x_0) - log q(x_s|x_0)", right, POSTERIOR),
-            of="pairs of neighbours on trajectories",
-        )
-    ]
-
-
-def telescoping(t: Trained) -> Said:
-    """I7, each difference of marginals by I6."""
-    steps = (t.posterior - t.forward[:, 1:]).sum(1)
-    ends = t.marginal[:, 0] - t.marginal[:, -1]
-    return [
-        t.exact(
-            ("sum over pairs of log q(x_s|x_t,x_0) - log q(x_t|x_s)", steps, STEP),
-            ("log q(x_1|x_0) - log q(x_N|x_0)", ends, MARGINAL),
-        )
-    ]
-
-
-def three_terms(t: Trained) -> Said:
-    """I8 on every trajectory."""
-    prior = t.marginal[:, -1] - t.reverse[:, -1]
-    pairs = (t.posterior - t.reverse[:, 1:-1]).sum(1)
-    return [
-        t.exact(
-            ("-log w, by the steps of q forwards", -log_weights(t.model, t.times, t.rows), STEP),
-            (
-                "log q(x_N|x_0)/p(x_N) + sum of log q(x_s|x_t,x_0)/p(x_s|x_t) - log p(x_0|x_1)",
-                prior + pairs - t.reverse[:, 0],
-                POSTERIOR,
-            ),
-        )
-    ]
+def said(one: Stated) -> Callable[[Trained], Said]:
+    """What is said of any setting, said of this one."""
+    return lambda t: one.on(t.setting, t.setting.seed)
 
 
 def divergences(t: Trained) -> Said:
@@ -150,22 +117,6 @@ def entropies(t: Trained) -> Said:
     ]
 
 
-def detailed_balance(t: Trained) -> Said:
-    """I13, between the data and the first latent."""
-    process, first = t.model.process, t.times[0]
-    x_1 = t.rows.latents[:, 0]
-    back = t.model.sharing(decoder=EdgeFixed()).at(x_1, first).decoder()
-    left = process.prior(t.x_0).log_prob(t.x_0) + process.marginal(t.x_0, first).log_prob(x_1)
-    right = process.prior(x_1).log_prob(x_1) + back.log_prob(t.x_0)
-    return [
-        t.exact(
-            ("log pi(x_0) + log q(x_1|x_0)", per_example(left), MARGINAL),
-            ("log pi(x_1) + log T(x_0|x_1)", per_example(right), "nelbo.decoders.EdgeFixed"),
-            of="examples",
-        )
-    ]
-
-
 def edge_step(t: Trained) -> Said:
     """I14, with the bound drawn apart from the divergences."""
     if not isinstance(t.model.decoder_rule, EdgeFixed):
@@ -230,14 +181,14 @@ def _form(t: Trained, divergences: Tensor) -> EntropyForm:
 
 TABLE: dict[str, Callable[[Trained], Said]] = {
     "I4": order,
-    "I6": paired(bayes),
-    "I7": paired(telescoping),
-    "I8": three_terms,
+    "I6": paired(said(Bayes())),
+    "I7": paired(said(Telescoping())),
+    "I8": said(ThreeTerms()),
     "I9": paired(divergences),
     "I10": last_term,
     "I11": three_term_bound,
     "I12": entropies,
-    "I13": detailed_balance,
+    "I13": said(DetailedBalance()),
     "I14": edge_step,
     "I15": paper_form,
     "I47": importance,

@@ -22,7 +22,6 @@ from nelbo.derivation.trainedchain import BOUND, KERNEL, PAIR, POSTERIOR, Said, 
 from nelbo.distributions import per_example
 from nelbo.objectives import Continuous, Hybrid, Mean, Objective, Simple, Vlb
 from nelbo.parameterizations import GaussianParameterization, with_variance
-from nelbo.processes.base import along
 from nelbo.processes.gaussian import Gaussian
 from nelbo.randomness import seeded
 from nelbo.schedules import Smooth

@@ -7,7 +7,7 @@ well, with the same marginals and the same network.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,8 +24,7 @@ from nelbo.data.mixture import GaussianMixture
 from nelbo.data.part import head
 from nelbo.derivation import chain, printed, trainedchain, trainedgame, trainedloss
 from nelbo.derivation.identity import Result
-from nelbo.derivation.settings import Sampled
-from nelbo.derivation.trained import FEWEST, Trained, in_float64
+from nelbo.derivation.trained import FEWEST, Kept, Trained, in_float64
 from nelbo.derivation.trainedchain import Said
 from nelbo.derivation.trainedgame import Players
 from nelbo.errors import UsageError
@@ -58,7 +57,7 @@ class Opened:
 
     about: dict[str, Any]
     words: str
-    table: dict[str, Callable[[], Said]]
+    table: Mapping[str, Callable[[], Said]]
     skipped: dict[str, str] = field(default_factory=dict)
 
     def results(self, wanted: set[str] | None) -> Iterator[Result]:
@@ -127,7 +126,7 @@ def _diffusion(options: Derive, path: Path) -> Opened:
     times = _latents(options, recipe, len(rows), weighed)
     model = recipe.model if len(times) == len(recipe.times) else strided(recipe.model, times)
     weight = torch.full((len(rows),), 1 / len(rows), dtype=torch.float64)
-    setting = Sampled(
+    setting = Kept(
         in_float64(model, device), times, rows, weight, path.resolve().name, options.seed
     )
     objective = recipe.objective
