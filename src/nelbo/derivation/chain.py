@@ -14,6 +14,33 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nelbo.derivation import (
+    algebra,
+    between,
+    certified,
+    continuum,
+    divergences,
+    draws,
+    edges,
+    evidence,
+    grids,
+    minima,
+    minimax,
+    noise,
+    omissions,
+    onecurve,
+    ratio,
+    refinement,
+    simpleweight,
+    slack,
+    slips,
+    steps,
+    strata,
+    telescoping,
+    twovariances,
+    wiener,
+    wrongbounds,
+)
 from nelbo.derivation.identity import Erratum, Identity, Line, Result
 from nelbo.errors import UsageError
 
@@ -31,9 +58,61 @@ class Chapter:
     identities: tuple[Identity, ...]
 
 
-CHAPTERS: tuple[Chapter, ...] = ()
-ERRATA: tuple[Erratum, ...] = ()
+_MODULES: tuple[Any, ...] = (
+    algebra,
+    between,
+    certified,
+    continuum,
+    divergences,
+    draws,
+    edges,
+    evidence,
+    grids,
+    minima,
+    minimax,
+    noise,
+    omissions,
+    onecurve,
+    ratio,
+    refinement,
+    simpleweight,
+    slack,
+    slips,
+    steps,
+    strata,
+    telescoping,
+    twovariances,
+    wiener,
+    wrongbounds,
+)
+"""Each with IDENTITIES and ERRATA."""
+_ALL: tuple[Identity, ...] = tuple(one for module in _MODULES for one in module.IDENTITIES)
+
+
+def _number(name: str) -> int:
+    """7 of "I7"."""
+    return int(name[1:])
+
+
+def _chapter(name: str, title: str, first: int, last: int) -> Chapter:
+    own = [one for one in _ALL if first <= _number(one.id) <= last]
+    return Chapter(name, title, tuple(sorted(own, key=lambda one: _number(one.id))))
+
+
+CHAPTERS: tuple[Chapter, ...] = (
+    _chapter("likelihood", "From the likelihood to the bound", 1, 17),
+    _chapter("gaussian", "The terms of the bound are squared errors", 18, 25),
+    _chapter("objectives", "What is trained", 34, 38),
+    _chapter("estimation", "How the bound is measured", 39, 46),
+    _chapter("tighter", "Tighter than the bound", 47, 52),
+    _chapter("conditioning", "Sampling under a condition", 53, 57),
+    _chapter("game", "The game and the Jensen-Shannon divergence", 26, 33),
+    _chapter("instrument", "What a discriminator proves", 61, 65),
+)
 IDENTITIES: tuple[Identity, ...] = tuple(one for c in CHAPTERS for one in c.identities)
+ERRATA: tuple[Erratum, ...] = tuple(
+    sorted((e for module in _MODULES for e in module.ERRATA), key=lambda e: _number(e.id))
+)
 
 
 @dataclass(frozen=True)

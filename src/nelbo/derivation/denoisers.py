@@ -13,6 +13,7 @@ and those over x_t alone are sums over a lattice, which converge geometrically a
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,44 +85,54 @@ def at_logsnr(values: list[float]) -> Stepped:
 # --- models --------------------------------------------------------------------------------------
 
 
-class Denoiser(nn.Module):
-    """x̂_0 = scale E[x_0|x_t] + shift; followed by Var(x_0|x_t) (one dimension) if `spread`."""
+class Denoiser(nn.Module, ABC):
+    """A network that knows x̂_0 = scale E[x_0|x_t] + shift, and says it in one of three ways."""
 
     def __init__(
-        self,
-        data: GaussianMixture,
-        schedule: Schedule,
-        scale: float = 1.0,
-        shift: float = 0.0,
-        spread: bool = False,
+        self, data: GaussianMixture, schedule: Schedule, scale: float = 1.0, shift: float = 0.0
     ) -> None:
         super().__init__()
         self.data, self.schedule = data, schedule
-        self.scale, self.shift, self.spread = scale, shift, spread
+        self.scale, self.shift = scale, shift
 
     def forward(self, x_t: Tensor, t: Tensor, cond: object = None) -> Tensor:
         keep, lose = self.schedule.keep(t), self.schedule.lose(t)
         x_0 = self.scale * self.data.denoise(x_t, keep, lose) + self.shift
-        if not self.spread:
-            return x_0
-        return torch.cat([x_0, self.data.spread(x_t, keep, lose)[:, None]], 1)
+        return self.said(x_t, x_0, along(keep, x_t), along(lose, x_t))
+
+    @abstractmethod
+    def said(self, x_t: Tensor, x_0: Tensor, keep: Tensor, lose: Tensor) -> Tensor:
+        """The output, (B, D) like x_0."""
+
+
+class DataDenoiser(Denoiser):
+    """x̂_0."""
+
+    def said(self, x_t: Tensor, x_0: Tensor, keep: Tensor, lose: Tensor) -> Tensor:
+        return x_0
+
+
+class SpreadDenoiser(Denoiser):
+    """x̂_0 and then Var(x_0|x_t), in one dimension."""
+
+    def said(self, x_t: Tensor, x_0: Tensor, keep: Tensor, lose: Tensor) -> Tensor:
+        spread = self.data.spread(x_t, keep.flatten(), lose.flatten())
+        return torch.cat([x_0, spread[:, None]], 1)
 
 
 class NoiseDenoiser(Denoiser):
-    """The same as noise, ε̂ = (x_t − √k x̂_0)/√l."""
+    """ε̂ = (x_t − √k x̂_0)/√l."""
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: object = None) -> Tensor:
-        keep, lose = (along(v, x_t) for v in (self.schedule.keep(t), self.schedule.lose(t)))
-        out: Tensor = (x_t - keep.sqrt() * super().forward(x_t, t)) / lose.sqrt()
+    def said(self, x_t: Tensor, x_0: Tensor, keep: Tensor, lose: Tensor) -> Tensor:
+        out: Tensor = (x_t - keep.sqrt() * x_0) / lose.sqrt()
         return out
 
 
 class VelocityDenoiser(Denoiser):
-    """The same as velocity, v̂ = (√k x_t − x̂_0)/√l."""
+    """v̂ = (√k x_t − x̂_0)/√l."""
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: object = None) -> Tensor:
-        keep, lose = (along(v, x_t) for v in (self.schedule.keep(t), self.schedule.lose(t)))
-        out: Tensor = (keep.sqrt() * x_t - super().forward(x_t, t)) / lose.sqrt()
+    def said(self, x_t: Tensor, x_0: Tensor, keep: Tensor, lose: Tensor) -> Tensor:
+        out: Tensor = (keep.sqrt() * x_t - x_0) / lose.sqrt()
         return out
 
 
@@ -151,8 +162,8 @@ def model_of(
     shift: float = 0.0,
 ) -> Reverse:
     """The model of this denoiser, in x̂_0."""
-    spread = variance is not None and variance.learned
-    network = Denoiser(data, schedule, scale, shift, spread)
+    kind = SpreadDenoiser if variance is not None and variance.learned else DataDenoiser
+    network = kind(data, schedule, scale, shift)
     return Reverse(Gaussian(schedule), network, X0(variance), Density(edge))
 
 
@@ -160,7 +171,7 @@ def in_three_ways(
     data: GaussianMixture, schedule: Schedule, scale: float, shift: float
 ) -> tuple[Reverse, Reverse, Reverse]:
     """One denoiser as a network of noise, of data and of velocity, σ² = β̃."""
-    ways = ((NoiseDenoiser, Epsilon()), (Denoiser, X0()), (VelocityDenoiser, Velocity()))
+    ways = ((NoiseDenoiser, Epsilon()), (DataDenoiser, X0()), (VelocityDenoiser, Velocity()))
     noise, x_0, speed = (
         Reverse(Gaussian(schedule), kind(data, schedule, scale, shift), rule, Density())
         for kind, rule in ways

@@ -169,7 +169,7 @@ class Levelled(OnALine):
         return mass[((x + 1) * (levels - 1) / 2).round().long()].log()
 
     def log_by_decoder(self) -> Tensor:
-        """log E_{p_θ(x_1)} p_θ(x_0|x_1), (n,) nats, by the decoder's masses on a lattice of x_1."""
+        """log E_{p_θ(x_1)} p_θ(x_0|x_1), (n,) nats: the decoder's masses, on a lattice of x_1."""
         law = self.first_latent()
         z = torch.linspace(-REACH, REACH, LATTICE, dtype=torch.float64)
         decoder = self.model.decoder((law.mean + law.stddev * z)[:, None], self.times[0])

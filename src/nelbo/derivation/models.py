@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Normal
 
 from nelbo.binary import BernoulliDecoder, Context, Logits
 from nelbo.decoders import Constant, Density, Discretized
@@ -57,16 +58,21 @@ class LineNetwork(nn.Module):
 
 
 class LinePosterior(nn.Module):
-    """E[x_0|x_t] of N(mean, variance) data."""
+    """E[x_0|x_t] of N(mean, variance) data.
 
-    def __init__(self, schedule: Schedule) -> None:
+    Arguments:
+        schedule: of the process. mean, variance: of the data.
+    """
+
+    def __init__(self, schedule: Schedule, mean: float, variance: float) -> None:
         super().__init__()
         self.schedule = schedule
+        self.mean, self.variance = mean, variance
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Any = None) -> Tensor:
         keep, lose = (along(v, x_t) for v in (self.schedule.keep(t), self.schedule.lose(t)))
-        gain = keep.sqrt() * VARIANCE / (keep * VARIANCE + lose)
-        return MEAN + gain * (x_t - keep.sqrt() * MEAN)
+        gain = keep.sqrt() * self.variance / (keep * self.variance + lose)
+        return self.mean + gain * (x_t - keep.sqrt() * self.mean)
 
 
 class Constantly(nn.Module):
@@ -103,45 +109,61 @@ def bits(decoder: Decoder | None = None, rate: float = RATE) -> Enumerated:
     return Enumerated(model, schedule.grid(), patterns(2), weight, BERNOULLI)
 
 
-def line_data() -> tuple[Tensor, Tensor]:
-    """Three weighted points with the moments of N(.5, .49) up to the fifth; (3, 1) and (3,)."""
+def line_data(mean: float = MEAN, variance: float = VARIANCE) -> tuple[Tensor, Tensor]:
+    """Three weighted points with the moments of a normal law up to the fifth; (3, 1) and (3,)."""
     z, weight = hermite(3)
-    return MEAN + VARIANCE**0.5 * z[:, None], weight
+    return mean + variance**0.5 * z[:, None], weight
 
 
-def affine(decoder: Decoder | None = None, times: Tensor | None = None) -> Affine:
-    """N(.5, .49) and an affine network that is off; σ² = β, decoder variance lose(t_1)."""
+def line_law(mean: float = MEAN, variance: float = VARIANCE) -> Normal:
+    """The law of that data, float64."""
+    centre = torch.tensor(mean, dtype=torch.float64)
+    return Normal(centre, torch.full_like(centre, variance).sqrt())
+
+
+def affine(decoder: Decoder | None = None, variance: float = VARIANCE) -> Affine:
+    """N(.5, variance) and an affine network that is off; σ² = β, decoder variance lose(t_1)."""
     schedule = line_schedule()
     decoder = Density() if decoder is None else decoder
     model = Reverse(Gaussian(schedule), LineNetwork(), Epsilon(Transition()), decoder)
-    grid = schedule.grid(5) if times is None else times
-    return Affine(model, grid, *line_data(), GAUSSIAN)
+    return Affine(model, schedule.grid(5), *line_data(MEAN, variance), GAUSSIAN)
 
 
 def levels() -> Levelled:
-    """8 levels, each with the same mass, and the affine network."""
+    """8 levels of unequal masses, and the affine network."""
     schedule = line_schedule()
-    model = Reverse(Gaussian(schedule), LineNetwork(), Epsilon(Transition()), Discretized(LEVELS))
-    weight = torch.full((LEVELS,), 1 / LEVELS, dtype=torch.float64)
+    decoder = Discretized(LEVELS)
+    model = Reverse(Gaussian(schedule), LineNetwork(), Epsilon(Transition()), decoder)
+    weight = torch.arange(1, LEVELS + 1, dtype=torch.float64)
+    weight = weight / weight.sum()
     x_0 = level_values(LEVELS, weight)[:, None]
     return Levelled(model, schedule.grid(5), x_0, weight, f"{GAUSSIAN}, {LEVELS} levels")
 
 
-def exact_bits() -> Enumerated:
-    """Two independent bits and their exact reverse conditionals."""
-    schedule, rates = bit_schedule(), torch.tensor(RATES, dtype=torch.float64)
-    network = Constantly(rates.logit())
+def exact_bits(rates: tuple[float, float] = RATES, times: Tensor | None = None) -> Enumerated:
+    """Two independent bits, their exact reverse conditionals; rates (π, π): the prior itself."""
+    schedule, p = bit_schedule(), torch.tensor(rates, dtype=torch.float64)
+    network = Constantly(p.logit())
     model = Reverse(Bernoulli(schedule, RATE), network, Context(), BernoulliDecoder())
     x_0 = patterns(2)
-    weight = (x_0 * rates + (1 - x_0) * (1 - rates)).prod(1)
-    return Enumerated(model, schedule.grid(), x_0, weight, BERNOULLI)
+    weight = (x_0 * p + (1 - x_0) * (1 - p)).prod(1)
+    grid = schedule.grid() if times is None else times
+    return Enumerated(model, grid, x_0, weight, BERNOULLI)
 
 
-def exact_affine(times: Tensor | None = None) -> Affine:
-    """N(.5, .49) and its exact reverse conditionals on any grid."""
+def exact_affine(
+    mean: float = MEAN, variance: float = VARIANCE, times: Tensor | None = None
+) -> Affine:
+    """A normal law and its exact reverse conditionals on any grid; N(0, 1): the prior itself."""
     schedule = line_schedule()
     grid = schedule.grid(5) if times is None else times
-    error = 1 / (1 / VARIANCE + schedule.logsnr(grid).exp())
+    error = 1 / (1 / variance + schedule.logsnr(grid).exp())
+    network = LinePosterior(schedule, mean, variance)
     decoder = Density(Constant(float(error[0].log())))
-    model = Reverse(Gaussian(schedule), LinePosterior(schedule), X0(Optimal(grid, error)), decoder)
-    return Affine(model, grid, *line_data(), GAUSSIAN)
+    model = Reverse(Gaussian(schedule), network, X0(Optimal(grid, error)), decoder)
+    return Affine(model, grid, *line_data(mean, variance), GAUSSIAN)
+
+
+def settings() -> tuple[Affine, Levelled, Enumerated]:
+    """The three with a gap."""
+    return affine(), levels(), bits()

@@ -4,12 +4,10 @@ r"""From divergences to squared errors of the noise: the algebra behind L_simple
     KL = ‖μ̃ − μ_θ‖²/(2β̃) = ½ (e^{λ_s−λ_t} − 1) ‖ε − ε̂‖²,
 
 so that each term of the bound is a weighted squared error once σ² = β̃ (and β̃ is known: see
-`weights` for what is left when the weight is dropped).
+`simpleweight` for what is left when the weight is dropped).
 """
 
 from __future__ import annotations
-
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -32,6 +30,7 @@ from nelbo.schedules import Linear
 
 PAIR, POSTERIOR = "nelbo.bound.pair_term", "nelbo.processes.gaussian.Gaussian.posterior"
 EPSILON = "nelbo.parameterizations.Epsilon.kernel"
+LOG_PROB = "nelbo.distributions.DiagonalNormal.log_prob"
 BETAS, NOISE = "nelbo.schedules.Stepped.betas", "nelbo.objectives.noise_error"
 STEPS = 12
 PLANE = normal([0.5, -0.3], [[0.7, 0.2], [0.2, 0.4]])
@@ -57,9 +56,8 @@ class Chain:
         return at[rows], x_0[rows], index[rows]
 
 
-@cache
 def chain() -> Chain:
-    """It is the same for every identity."""
+    """A new one: nothing is kept between lines."""
     return Chain()
 
 
@@ -143,7 +141,7 @@ class SquaredErrors(Identity):
         "In the betas the factor of ||eps-eps_hat||^2 is beta_t/(2 alpha_t (1 - keep_{t-1})).",
         "The mean log-ratio of the two laws of x_s, over x_s from the posterior, is minus that.",
     )
-    functions = (PAIR, POSTERIOR, NOISE, BETAS, "nelbo.distributions.DiagonalNormal.log_prob")
+    functions = (PAIR, POSTERIOR, NOISE, BETAS, LOG_PROB)
     source = "Ho, Jain, Abbeel 2020, eq. 12; Kingma et al. 2021, eq. 14; Salimans, Ho 2022"
 
     def lines(self, seed: int) -> list[Line]:
@@ -172,14 +170,19 @@ class SquaredErrors(Identity):
                 ),
                 tolerance=1e-9,
             ),
-            compared(
-                "Gaussian",
-                ("KL, network of data", pair_term(c.at("data")[0], x_0, s), PAIR),
-                ("KL, network of velocity", pair_term(c.at("velocity")[0], x_0, s), PAIR),
-                ("-E log p(x_s|x_t)/q(x_s|x_t,x_0)", -_log_ratio(at, x_0, s), "log_prob"),
-                tolerance=1e-9,
-            ),
+            *[self._log_ratios(name) for name in c.models],
         ]
+
+    @staticmethod
+    def _log_ratios(name: str) -> Line:
+        at, x_0, index = chain().at(name)
+        s = chain().times[index - 1]
+        return compared(
+            "Gaussian",
+            (f"KL, network of {name}", pair_term(at, x_0, s), PAIR),
+            ("-E log p(x_s|x_t)/q(x_s|x_t,x_0)", -_log_ratio(at, x_0, s), LOG_PROB),
+            tolerance=1e-9,
+        )
 
 
 def _log_ratio(at: Prediction, x_0: Tensor, s: Tensor) -> Tensor:

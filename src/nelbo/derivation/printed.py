@@ -28,8 +28,8 @@ _LEAST = 16
 
 
 def number(side: Side) -> str:
-    """`3.0210 ± 0.0040`, or nine digits of an exact value."""
-    if side.se == 0 or not math.isfinite(side.value):
+    """`3.0210 ± 0.0040`, or nine digits of a value without an error beyond rounding."""
+    if side.se <= 1e-12 * abs(side.value) or not math.isfinite(side.value):
         return f"{side.value:.9g}"
     if not 1e-7 < side.se < 1e7:
         return f"{side.value:.4g} ± {side.se:.1g}"
@@ -66,7 +66,9 @@ def beside(left: str, right: str, width: int, first: str = "", then: str = "") -
     """
     room = width - len(right) - 2 * bool(right)
     if right and room - len(first) < _LEAST:
-        yield from textwrap.wrap(left, max(width, 30), initial_indent=first, subsequent_indent=then)
+        yield from textwrap.wrap(
+            left, max(width, 30), initial_indent=first, subsequent_indent=then
+        )
         yield right.rjust(width)
         return
     rows = textwrap.wrap(left, max(room, 30), initial_indent=first, subsequent_indent=then)

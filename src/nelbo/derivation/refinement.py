@@ -43,7 +43,7 @@ ENDS = (6.0, -6.0)
 VARIANCE = 0.49
 """Of the normal law whose grids are refined."""
 SIZES = (3, 5, 9, 17, 65)
-FINE, PAIRS = 1025, 2000
+FINE, PAIRS = 4097, 2000
 SLOPPY = 0.6
 """How far the bit's model is off."""
 
@@ -83,7 +83,7 @@ class Halving(Identity):
                 "Gaussian",
                 (f"2 L_{FINE} - L_{(FINE + 1) // 2}", extrapolated, RICHARDSON),
                 (known.what, limit, known.by),
-                tolerance=1e-4,
+                tolerance=1e-5,
                 note="tolerance: its own error, O(1/N^2)",
             ),
         ]
@@ -153,7 +153,7 @@ class BitsContinuous(Identity):
                     "Bernoulli",
                     (f"2 S_{2 * PAIRS} - S_{PAIRS}", 2 * fine - coarse, PAIR),
                     ("the integral", _jumps(model), self.functions[2]),
-                    tolerance=1e-5,
+                    tolerance=1e-6,
                     note=f"{name}; tolerance: the grids' own error, O(1/N^2)",
                 )
             )

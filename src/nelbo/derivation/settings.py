@@ -143,7 +143,8 @@ class Sampled(Setting):
     """Any model, by Monte Carlo: one group, every row an independent draw.
 
     Arguments:
-        x_0: (n, *shape) rows of the data, drawn independently. weight: not read.
+        model: in float64 (`model.double()`), as pointwise lines agree to rounding.
+        x_0: (n, *shape) rows of the data, float64, drawn independently. weight: not read.
         seed: of the latents.
     """
 

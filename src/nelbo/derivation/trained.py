@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nelbo.bound import Bound, bound, decoder_term, pair_term, prior_term
 from nelbo.data.mixture import GaussianMixture
-from nelbo.derivation.identity import Line, Side, mean_se
+from nelbo.derivation.identity import DEVIATIONS, Line, Side, mean_se
 from nelbo.derivation.rows import (
     Rows,
     forward_steps,
@@ -31,6 +31,8 @@ from nelbo.processes.gaussian import Gaussian
 from nelbo.randomness import seeded
 from nelbo.reverse import Prediction, Reverse
 
+FEWEST = 16
+"""Examples, below which a standard error says too little."""
 ROUNDING = 1e-11
 """Of a sum of log-probabilities, relative to the largest of them."""
 
@@ -61,7 +63,22 @@ class Asked(nn.Module):
 
     def _ask(self, x_t: Tensor, t: Tensor) -> Tensor:
         x = x_t.to(self.device, torch.float32)
-        return self.network(x, t.to(self.device), None).to("cpu", torch.float64)
+        answer: Tensor = self.network(x, t.to(self.device), None)
+        return answer.to("cpu", torch.float64)
+
+
+def widened(n: int) -> float:
+    """By what a standard error from n draws is to be widened.
+
+    With it, `DEVIATIONS` of them are passed as rarely as by a normal variable: the expansion of
+    Student's quantile in 1/(n − 1).
+
+    References:
+        Abramowitz, Stegun 1964, 26.7.5.
+    """
+    z, v = DEVIATIONS, n - 1
+    first, second = (z**2 + 1) / (4 * v), (5 * z**4 + 16 * z**2 + 3) / (96 * v**2)
+    return 1 + first + second + (3 * z**6 + 19 * z**4 + 17 * z**2 - 15) / (384 * v**3)
 
 
 def in_float64(model: Reverse, device: str) -> Reverse:
@@ -75,6 +92,17 @@ def in_float64(model: Reverse, device: str) -> Reverse:
     return found.eval()
 
 
+class Kept(Sampled):
+    """A setting whose trajectories are drawn once."""
+
+    def trajectories(self) -> Rows:
+        return self._drawn
+
+    @cached_property
+    def _drawn(self) -> Rows:
+        return super().trajectories()
+
+
 @dataclass(frozen=True, eq=False)
 class Trained:
     """A trained model, rows of its data, one trajectory for each, and what is computed of them.
@@ -85,7 +113,7 @@ class Trained:
         weighed: rows and trajectories of each for the importance-weighted bound.
     """
 
-    setting: Sampled
+    setting: Kept
     objective: Objective
     law: GaussianMixture | None = None
     weighed: tuple[int, int] = (32, 16)
@@ -200,15 +228,13 @@ class Trained:
         sides = tuple(Side(w, *mean_se(v), by) for w, v, by in (left, right))
         apart = (left[1] - right[1]).double()
         size = max(1.0, abs(sides[0].value))
-        many = f"{len(apart)} rows, row by row"
+        many = f"{len(apart)} examples, one by one"
         return Line(
             self.name,
             sides,
             relation,
             ROUNDING * size * len(self.times),
-            mean_se(apart)[1],
+            mean_se(apart)[1] * widened(len(apart)),
             ", ".join(part for part in (note, many) if part),
             unit,
         )
-
-

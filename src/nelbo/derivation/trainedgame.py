@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 
 from nelbo import gan, jsd, quadrature
-from nelbo.blurred import Blurred, blurred
+from nelbo.blurred import BLOCKS, Blurred, blurred
 from nelbo.data.mixture import GaussianMixture
 from nelbo.derivation.identity import Line, Side, mean_se
+from nelbo.derivation.trained import widened
 from nelbo.randomness import seeded
 
 Said = list[Line] | str
 LOG2, LOG4 = math.log(2), math.log(4)
-COMPONENTS = 64
+COMPONENTS = 16
 AGREEMENT = 1e-6
 """A network's logit may have kinks."""
 UNKNOWN = "the law of its data is not a known mixture in the plane"
@@ -38,7 +39,7 @@ class Players:
         name: of the run. game: D and G in float32 on `device`, G averaged.
         real: (n, *shape) rows of data as D sees them. draw: z (n, latent) -> fakes.
         law: the data's law, if it is a known mixture in one or two dimensions.
-        blur: s, for what is done by quadrature; wide: a wider one.
+        blur: s.
         centred: whether D is trained up to a constant only, which is then fitted to `tuning`.
     """
 
@@ -48,7 +49,6 @@ class Players:
     tuning: Tensor
     law: GaussianMixture | None
     blur: float
-    wide: float
     seed: int
     centred: bool
     device: str
@@ -141,8 +141,12 @@ def push_forward(t: Players) -> Said:
         Side("E_z: log D(x) + log(1 - D(G(z)))", *mean_se(values), "nelbo.gan.Game.value"),
         Side("E_g: log D(x) + log(1 - D(y))", *mean_se(other), "nelbo.gan.value"),
     )
-    halves = [mean_se(v - gan.value(t.bare(t.real), -torch.inf + fake * 0))[1] for v in (values, other)]
-    return [Line(t.name, sides, paired_se=math.hypot(*halves), tolerance=1e-5, note=f"{count} pairs")]
+    halves = [
+        mean_se(v - gan.value(t.bare(t.real), -torch.inf + fake * 0))[1] for v in (values, other)
+    ]
+    return [
+        Line(t.name, sides, paired_se=math.hypot(*halves), tolerance=1e-5, note=f"{count} pairs")
+    ]
 
 
 def best_discriminator(t: Players) -> Said:
@@ -210,18 +214,17 @@ def _left(t: Players) -> Line:
 
 def _below(t: Players) -> Line:
     """L_D on blurred draws is below JSD of the blurred laws."""
-    found = t.blurred(t.wide)
+    found = t.blurred(t.blur)
     with seeded(t.seed, "derive", "noise"):
         real, fake = (
-            x + t.wide * torch.randn_like(x)
-            for x in (t.real, t.fakes(len(t.real), "to blur"))
+            x + t.blur * torch.randn_like(x) for x in (t.real, t.fakes(len(t.real), "to blur"))
         )
     plug_in = jsd.plug_in(t.logit(real), t.logit(fake))
     sides = (
         Side("L_D on blurred draws", *plug_in, "nelbo.jsd.plug_in"),
-        Side("JSD", found.value, found.se, "nelbo.blurred.blurred"),
+        Side("JSD", found.value, found.se * widened(BLOCKS), "nelbo.blurred.blurred"),
     )
-    note = f"p and the law of G, both blurred by N(0, {t.wide:.3g}^2)"
+    note = f"p and the law of G, both blurred by N(0, {t.blur:.3g}^2)"
     return Line(t.name, sides, "<=", 1e-6, note=note)
 
 
@@ -229,10 +232,10 @@ def ladder(t: Players) -> Said:
     """I33: more noise on both sides, less JSD."""
     if t.law is None:
         return UNKNOWN
-    stds = (t.wide, 2 * t.wide, 4 * t.wide)
+    stds = (t.blur, 2 * t.blur, 4 * t.blur)
     found = [t.blurred(std) for std in stds]
     sides = tuple(
-        Side(f"JSD, blur {std:.3g}", one.value, one.se, "nelbo.blurred.blurred")
+        Side(f"JSD, blur {std:.3g}", one.value, one.se * widened(BLOCKS), "nelbo.blurred.blurred")
         for std, one in zip(stds, found, strict=True)
     )
     return [Line(t.name, sides, ">=", 1e-6, note="p and the law of G, both blurred")]

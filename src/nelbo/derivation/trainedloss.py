@@ -22,7 +22,6 @@ from nelbo.derivation.trainedchain import BOUND, KERNEL, PAIR, POSTERIOR, Said, 
 from nelbo.distributions import per_example
 from nelbo.objectives import Continuous, Hybrid, Mean, Objective, Simple, Vlb
 from nelbo.parameterizations import GaussianParameterization, with_variance
-from nelbo.processes.base import along
 from nelbo.processes.gaussian import Gaussian
 from nelbo.randomness import seeded
 from nelbo.schedules import Smooth
@@ -111,7 +110,7 @@ def four_forms(t: Trained, q: Gaussian) -> Said:
             ("1/2 (snr_s - snr_t) ||x_0 - x_0^||^2", total["data"], "Prediction.x_0"),
             ("1/2 expm1(l_s - l_t) ||eps - eps^||^2", total["noise"], NOISE),
             ("1/2 (snr_s - snr_t) l_t ||v - v^||^2", total["velocity"], NOISE),
-            of="rows",
+            of="examples",
         )
     ]
 
@@ -139,16 +138,23 @@ def losses(t: Trained, q: Gaussian) -> Said:
         _own(
             t,
             t.exact(
-                ("L_simple, its time averaged over", _expected(Simple(t.times), t), "nelbo.objectives.Simple"),
+                (
+                    "L_simple, its time averaged over",
+                    _expected(Simple(t.times), t),
+                    "nelbo.objectives.Simple",
+                ),
                 ("mean over times of ||eps - eps^||^2", simple, NOISE),
-                of="rows",
+                of="examples",
             ),
             Simple,
         ),
         _own(t, _means(t, q), Mean),
     ]
     parameterization = t.model.parameterization
-    if isinstance(parameterization, GaussianParameterization) and parameterization.variance.learned:
+    if (
+        isinstance(parameterization, GaussianParameterization)
+        and parameterization.variance.learned
+    ):
         weight = t.objective.weight if isinstance(t.objective, Hybrid) else 0.001
         whole = t.terms.total - t.terms.prior
         hybrid = simple / d + weight * whole / (d * math.log(2))
@@ -159,7 +165,7 @@ def losses(t: Trained, q: Gaussian) -> Said:
                 t.exact(
                     ("L_hybrid, its time averaged over", _expected(own, t), _by(own)),
                     (f"L_simple/d + {weight:g} (L - prior)/(d log 2)", hybrid, PAIR),
-                    of="rows",
+                    of="examples",
                 ),
                 Hybrid,
             )
@@ -179,7 +185,7 @@ def _means(t: Trained, q: Gaussian) -> Line:
     return t.exact(
         ("L_mean, its time averaged over", _expected(own, t), _by(own)),
         ("mean over times of ||mean of q - mean of p||^2", total / n, f"{POSTERIOR}, {KERNEL}"),
-        of="rows",
+        of="examples",
     )
 
 
@@ -237,7 +243,7 @@ def unbiased(t: Trained) -> Said:
             t.exact(
                 ("L_vlb, its time averaged over", _expected(plain, t), _by(plain)),
                 ("prior + sum KL - log p(x_0|x_1)", t.terms.total, PAIR),
-                of="rows",
+                of="examples",
             ),
             Vlb,
         )

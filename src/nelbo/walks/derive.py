@@ -140,7 +140,7 @@ def _shown(
 def _opened(one: Identity) -> Iterator[printed.Row]:
     """The title of the chapter that begins with this identity."""
     for chapter in chain.CHAPTERS:
-        if chapter.identities[0] is one:
+        if chapter.identities[:1] == (one,):
             yield chapter.title, printed.HEAD
             yield "=" * len(chapter.title), printed.PLAIN
             yield "", printed.PLAIN

@@ -7,7 +7,7 @@ well, with the same marginals and the same network.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,8 +24,7 @@ from nelbo.data.mixture import GaussianMixture
 from nelbo.data.part import head
 from nelbo.derivation import chain, printed, trainedchain, trainedgame, trainedloss
 from nelbo.derivation.identity import Result
-from nelbo.derivation.settings import Sampled
-from nelbo.derivation.trained import Trained, in_float64
+from nelbo.derivation.trained import FEWEST, Kept, Trained, in_float64
 from nelbo.derivation.trainedchain import Said
 from nelbo.derivation.trainedgame import Players
 from nelbo.errors import UsageError
@@ -37,11 +36,13 @@ from nelbo.reverse import strided
 from nelbo.walks.played import is_game, open_game
 from nelbo.walks.stored import device_of, open_run
 
-ROWS, PICTURES, PAIRS = 512, 64, 10_000
+ROWS, PICTURES, PAIRS, FEWEST_PAIRS = 512, 64, 10_000, 100
 """Examples of vectors, of pictures, and of a game, by default."""
-WORK = 1.5e11
-"""Products in the network that take half a minute on two cores."""
-FEWEST = 8
+WORK, MOST = 4e11, 400
+"""Products in the network, and latents, that take half a minute on two cores."""
+LEAST_BLUR = 0.1
+"""On the model's scale; finer ones make the quadrature long."""
+LEAST = 8
 """Latents."""
 
 
@@ -56,7 +57,7 @@ class Opened:
 
     about: dict[str, Any]
     words: str
-    table: dict[str, Callable[[], Said]]
+    table: Mapping[str, Callable[[], Said]]
     skipped: dict[str, str] = field(default_factory=dict)
 
     def results(self, wanted: set[str] | None) -> Iterator[Result]:
@@ -120,13 +121,12 @@ def _diffusion(options: Derive, path: Path) -> Opened:
     picture = len(dataset.shape()) > 1
     count = options.examples or (PICTURES if picture else ROWS)
     rows = dataset.encode(head(dataset.test, count)[:]).double()
-    if len(rows) < 2:
-        raise UsageError("--examples: give at least 2, a mean of one has no error")
-    weighed = (min(len(rows), 8), 8) if picture else (min(len(rows), 32), 16)
+    _enough(len(rows), FEWEST)
+    weighed = (FEWEST, 8) if picture else (min(len(rows), 2 * FEWEST), 16)
     times = _latents(options, recipe, len(rows), weighed)
     model = recipe.model if len(times) == len(recipe.times) else strided(recipe.model, times)
     weight = torch.full((len(rows),), 1 / len(rows), dtype=torch.float64)
-    setting = Sampled(
+    setting = Kept(
         in_float64(model, device), times, rows, weight, path.resolve().name, options.seed
     )
     objective = recipe.objective
@@ -153,18 +153,27 @@ def _diffusion(options: Derive, path: Path) -> Opened:
     return Opened(about, words, {name: partial(f, trained) for name, f in tables.items()})
 
 
+def _enough(count: int, least: int) -> None:
+    if count < least:
+        raise UsageError(
+            f"{count} test examples: their mean says too little; take {least} or more"
+        )
+
+
 def _latents(options: Derive, recipe: Recipe, rows: int, weighed: tuple[int, int]) -> Tensor:
     """All of the grid, or as many evenly chosen latents as half a minute allows."""
     times = recipe.times
     if options.latents is not None and not 2 <= options.latents <= len(times):
-        raise UsageError(f"--latents {options.latents}: the chain has {len(times)}; give 2 or more")
+        raise UsageError(
+            f"--latents {options.latents}: the chain has {len(times)}; give 2 or more"
+        )
     if isinstance(recipe.model.parameterization, Flip):
         return times  # flips speak of the steps of their own chain
     shape = recipe.dataset.shape()
     places = shape[-1] * shape[-2] if len(shape) > 1 else 1
     each = places * sum(p.numel() for p in recipe.model.network.parameters())
     most = int(WORK / max(each, 1) / (2 * rows + weighed[0] * weighed[1]))
-    wanted = options.latents or max(FEWEST, most)
+    wanted = options.latents or max(LEAST, min(MOST, most))
     if wanted >= len(times):
         return times
     return times[torch.linspace(0, len(times) - 1, wanted).round().long()]
@@ -178,7 +187,7 @@ def _game(options: Derive, path: Path) -> Opened:
     dataset, rules = played.recipe.dataset, played.recipe.rules
     law = _law(dataset)
     law = law if law is not None and law.dims == 2 else None
-    finest = 0.1 if law is None else float(torch.linalg.eigvalsh(law.covariances).min().sqrt())
+    finest = 0.0 if law is None else float(torch.linalg.eigvalsh(law.covariances).min().sqrt())
     game = Game(played.generator, played.recipe.game.discriminator, played.recipe.game.latent)
 
     def shown(part: Any, purpose: str) -> Tensor:
@@ -192,14 +201,12 @@ def _game(options: Derive, path: Path) -> Opened:
         real=shown(dataset.test, "reals"),
         tuning=shown(dataset.train, "training"),
         law=law,
-        blur=finest,
-        wide=max(finest, 0.1),
+        blur=max(finest, LEAST_BLUR),
         seed=options.seed,
         centred=rules.loss.centred,
         device=device,
     )
-    if len(players.real) < 2:
-        raise UsageError("--examples: give at least 2, a mean of one has no error")
+    _enough(len(players.real), FEWEST_PAIRS)
     about = {
         "path": str(path),
         "family": "game",
