@@ -28,6 +28,7 @@ NAMES = (
     "metrics",
     "games",
     "scaling",
+    "derivation",
 )
 PAGES = [DOCS / f"{name}.md" for name in NAMES]
 

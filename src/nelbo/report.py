@@ -193,6 +193,7 @@ def render(run: Run, drawn: dict[str, Picture]) -> str:
             comparing=remake.comparison(run),
             compared=compared,
             here=shlex.quote(str(run.path)),
+            derivation=(run.path / "derivation.html").is_file(),
             style=Markup(style),  # from the package: no text of the run is in it
             digest=digest,
         )

@@ -98,7 +98,7 @@ def markdown(results: Sequence[Result], wrong: Sequence[Wrong]) -> str:
     """The page in Markdown, for docs/."""
     environment = _environment()
     environment.filters["prose"] = _linked
-    return _render(environment, "derivation.md.j2", results, wrong)
+    return re.sub(r"\n{3,}", "\n\n", _render(environment, "derivation.md.j2", results, wrong))
 
 
 def as_html(
@@ -173,7 +173,8 @@ def _rows(line: Line) -> str:
     """A line as text, the sides under each other."""
     unit = f" ({line.unit})" if line.unit not in ("nats", "") else ""
     what = f"{line.family}, {line.note}{unit}" if line.note else f"{line.family}{unit}"
-    rows = list(printed.beside(what, "agree" if line.agrees else "DISAGREE", WIDTH))
+    verdict = "agree" if line.agrees else "DISAGREE"
+    rows = list(printed.beside(what, verdict, WIDTH, then=" " * 4))
     for place, side in enumerate(line.sides):
         sign = line.relation if place else ""
         rows += printed.beside(side.what, figure(side), WIDTH, f"{sign:>4} ", " " * 9)
@@ -213,8 +214,9 @@ def _code(text: str) -> str:
 
 
 def _sentence(text: str) -> str:
-    """With a capital at its head and a full stop."""
-    return f"{text[:1].upper()}{text[1:].rstrip('.')}."
+    """With a full stop, and a capital where it begins with a word and not with a letter."""
+    word = re.match(r"[a-z]+(?=[ ,;:])", text)
+    return f"{text[0].upper() if word else text[0]}{text[1:].rstrip('.')}."
 
 
 def _cell(text: str) -> str:
