@@ -190,6 +190,7 @@ _FLOORS = {
     "derivation.edges": (5, 3),
     "derivation.grids": (5, 3),
     "derivation.wrongbounds": (5, 4),
+    "derivation.wrongterms": (5, 4),
     "derivation.chain": (5, 5),
     "derivation": (5, 9),
     "recipes.groups": (5, 0),

@@ -6,6 +6,8 @@ L(x_0) = −E_q log w = −log p_θ(x_0) + KL(q(x_{1:N}|x_0) ‖ p_θ(x_{1:N}|x_
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch.distributions import Normal, kl_divergence
 
@@ -87,7 +89,8 @@ def _masses(setting: Known) -> list[Line]:
     total = other.mean.value.exp().sum()[None]
     one = exact("1", "closed form", torch.ones(1))
     left = exact("Σ p_θ(x_0) over all x_0", other.by, total)
-    return [line_of(setting.family, left, one, f"{len(setting.x_0)} values of x_0")]
+    found = line_of(setting.family, left, one, f"{len(setting.x_0)} values of x_0")
+    return [replace(found, unit="probability")]
 
 
 def _weighed(setting: Known, seed: int) -> Line:
@@ -103,7 +106,8 @@ def _weighed(setting: Known, seed: int) -> Line:
     left = exact("E_q(x_0) p_θ(x_0)", KERNEL, p)
     right = Values("E_q(x_0) mean of w", WEIGHTS, drawn(found.log_w.exp(), weight))
     note = f"{DRAWS} trajectories of each of {len(x_0)} examples"
-    return line_of(setting.family, left, right, note)
+    unit = "density" if isinstance(setting, Affine) else "probability"
+    return replace(line_of(setting.family, left, right, note), unit=unit)
 
 
 class Jensen(Stated):
