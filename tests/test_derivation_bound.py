@@ -26,10 +26,11 @@ from nelbo.derivation.rows import log_weights
 from nelbo.derivation.settings import Joint, Known, Sampled
 from nelbo.derivation.stated import Stated
 from nelbo.distributions import DiagonalNormal, DiscretizedNormal
-from nelbo.parameterizations import GaussianParameterization
+from nelbo.parameterizations import GaussianParameterization, Velocity
 from nelbo.processes.bernoulli import Bernoulli
 from nelbo.processes.gaussian import Gaussian
 from nelbo.reverse import Prediction
+from nelbo.variances import Transition
 
 MODULES = (ratio, telescoping, steps, edges, grids, wrongbounds, wrongterms)
 IDENTITIES: list[Identity] = [i for module in MODULES for i in module.IDENTITIES]
@@ -240,6 +241,18 @@ def bit_kernel(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(nelbo.binary, "mixed", lambda *args: Bits(right(*args).logits + 0.01))
 
 
+def transition_rule(patch: pytest.MonkeyPatch) -> None:
+    """`Transition` gives 1.01 β: right for no data."""
+    right = Transition.between
+    patch.setattr(Transition, "between", lambda *args: right(*args) + 0.01)
+
+
+def velocity(patch: pytest.MonkeyPatch) -> None:
+    """x̂_0 = √k x_t − √l v̂ is 1 % too large."""
+    right = Velocity.convert
+    patch.setattr(Velocity, "convert", lambda *args: 1.01 * right(*args))
+
+
 def no_prior(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Bound, "total", property(lambda b: b.diffusion.sum(1) + b.reconstruction))
 
@@ -363,9 +376,11 @@ PLANTED: list[tuple[Plant, set[tuple[str, str]]]] = [
     (bit_posterior, {("I6", B), ("I7", B), ("I8", B), ("I11", B)}),
     (normal_transition, {("I6", G), ("I8", G), ("I17", G)}),
     (bit_transition, {("I6", B), ("I8", B), ("I17", B)}),
-    (kernel_variance, {("I16", G)}),
-    (kernel_mean, {("I16", G)}),
-    (bit_kernel, {("I16", B)}),
+    (kernel_variance, {("I2", G), ("I16", G)}),
+    (kernel_mean, {("I2", G), ("I16", G)}),
+    (bit_kernel, {("I2", B), ("I16", B)}),
+    (transition_rule, {("I2", G)}),
+    (velocity, {("I2", G)}),
     (no_prior, {("I11", G), ("I11", B), ("I3", G), ("I3", B)}),
     (no_decoder, {("I11", G), ("I11", B), ("I16", G), ("I16", B)}),
     (one_pair_too_many, {("I11", G), ("I11", B), ("I16", G), ("I16", B)}),

@@ -13,11 +13,7 @@ from torch.distributions import Normal, kl_divergence
 
 from nelbo.derivation.identity import Erratum, Identity, Line, Side
 from nelbo.derivation.line import Affine, Levelled
-from nelbo.derivation.models import (
-    RATE,
-    exact_affine,
-    exact_bits,
-)
+from nelbo.derivation.models import stationary_bits, stationary_line
 from nelbo.derivation.rows import forward_steps, log_weights, reverse_steps
 from nelbo.derivation.settings import Joint, Known, Setting
 from nelbo.derivation.stated import Stated, Values, averaged, drawn, exact, line_of
@@ -139,7 +135,7 @@ class Jensen(Stated):
 
     def apart(self, seed: int) -> list[Line]:
         """Data that follows the prior: then the exact reverse steps leave w constant."""
-        return [_equal(setting) for setting in (exact_affine(0.0, 1.0), exact_bits((RATE, RATE)))]
+        return [_equal(setting) for setting in (stationary_line(), stationary_bits())]
 
 
 def _equal(setting: Joint) -> Line:
