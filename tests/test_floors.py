@@ -213,6 +213,7 @@ _FLOORS = {
     "derivation.simpleweight": (5, 3),
     "derivation.slips": (5, 4),
     "derivation.omissions": (5, 4),
+    "derivation.wrongterms": (5, 4),
     "derivation.chain": (5, 5),
     "derivation.printed": (5, 6),
     "derivation.trained": (5, 1),
