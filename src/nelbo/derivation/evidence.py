@@ -14,8 +14,8 @@ from torch import Tensor
 
 from nelbo import jsd
 from nelbo.derivation.identity import Erratum, Identity, Line, Side, mean_se
-from nelbo.derivation.lines import Said, below, equal, single
 from nelbo.derivation.pairs import LOG2, Points, random_points, unequal
+from nelbo.derivation.places import Said, below, equal, single
 from nelbo.randomness import generator
 
 POINTS = "two laws on four points"
@@ -26,7 +26,8 @@ ALPHA = 0.05
 def binomial(n: int, rate: float) -> Tensor:
     """(n+1,) masses of the number of hits."""
     law = torch.distributions.Binomial(n, torch.tensor(rate, dtype=torch.float64))
-    return law.log_prob(torch.arange(n + 1, dtype=torch.float64)).exp()
+    mass: Tensor = law.log_prob(torch.arange(n + 1, dtype=torch.float64)).exp()
+    return mass
 
 
 class TwoCells(Identity):
