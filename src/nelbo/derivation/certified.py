@@ -111,7 +111,7 @@ class Payoff(Identity):
             ),
             equal(
                 "logits",
-                Said("largest Z - smallest Z", f"{PAYOFF}, nelbo.jsd.lowest"),
+                Said("largest Z - smallest Z", PAYOFF),
                 Said("B"),
                 jsd.payoff(far, -far, clips) - jsd.lowest(clips),
                 clips,
@@ -153,7 +153,7 @@ class Betting(Identity):
         "LCB = log 2 − sp(B) + B m*, cut at 0.",
     )
     functions = (BOUND, "nelbo.gan.value")
-    source = "Ville 1939; Waudby-Smith and Ramdas 2023, theorem 3"
+    source = "Ville 1939; Waudby-Smith and Ramdas 2023 (betting on a mean)"
 
     def lines(self, seed: int) -> list[Line]:
         laws = unequal()

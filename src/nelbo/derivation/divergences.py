@@ -154,7 +154,7 @@ class KLBound(Identity):
             below(
                 DENSITIES,
                 Said("JSD", JSD),
-                Said("phi(exp(-KL))", f"nelbo.quadrature.kl, {PHI}"),
+                Said("phi(exp(-KL)), KL by quadrature", PHI),
                 single(quadrature.jsd(p, g).value),
                 upper,
                 of="directions of KL",

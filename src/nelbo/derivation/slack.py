@@ -156,7 +156,7 @@ class Slack(Identity):
             ),
             equal(
                 DENSITIES,
-                Said("JSD - (log 2 + V/2)", f"{JSD}, nelbo.gan.value"),
+                Said("JSD - (log 2 + V/2), JSD by quadrature", "nelbo.gan.value"),
                 Said("E_m KL(Bern(D*) || Bern(D))", SLACK),
                 divergence - (LOG2 + values / 2),
                 torch.tensor(lost, dtype=torch.float64),
