@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from nelbo.derivecommand import Derive as Derive
+
 
 @dataclass(frozen=True)
 class Recipes:
@@ -236,33 +238,6 @@ class Compare:
     """CPU threads."""
     dist_timeout: float = 600.0
     """Under torchrun: seconds to wait for a rank that does not answer."""
-    json: bool = False
-    """Print one JSON document."""
-    quiet: bool = False
-    """No progress on stderr."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Derive:
-    """The derivation as numbers: every identity with its sides, and whether they agree."""
-
-    what: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Identities (I7, telescoping), chapters (game), and at most one run directory, whose trained
-    model and data are then looked at; everything, on small exact models, by default."""
-    errata: bool = False
-    """Instead: wrong variants from papers and lecture notes, which have to disagree."""
-    examples: int | None = None
-    """Of a run: how many of its test examples; by default as many as a minute allows."""
-    latents: int | None = None
-    """Of a run: how many of the latents of its chain; by default as many as a minute allows."""
-    checkpoint: str = "newest"
-    """Of a run: newest, best (by its validation), or a step."""
-    seed: int = 0
-    """Of the draws."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Of a run: where to compute."""
-    threads: int | None = None
-    """CPU threads."""
     json: bool = False
     """Print one JSON document."""
     quiet: bool = False

@@ -31,12 +31,12 @@ class Case:
     """A model, its data and its samples.
 
     Arguments:
-        setting: with the bound. jsd, entropy: of p and g, and H(p), exact nats.
+        setting: with the bound. divergence, entropy: JSD(p, g) and H(p), exact nats.
         real, fake: (PAIRS,) logits log p − log g at draws of p and of g.
     """
 
     setting: Known
-    jsd: float
+    divergence: float
     entropy: float
     real: Tensor
     fake: Tensor
@@ -44,13 +44,13 @@ class Case:
     def lines(self) -> list[Line]:
         """The order of the divergences, and the bound that the divergence forces."""
         loss = self.setting.average(self.setting.bound().total)
-        lower = min(max(self.jsd, 0.0), jsd.LOG2)
+        lower = min(max(self.divergence, 0.0), jsd.LOG2)
         both = Sandwich(lower, 1 - ALPHA, Estimate(loss, 0.0, 0.0, 1), self.entropy)
         assert both.upper is not None
         certificate = jsd.lower_bound(self.real, self.fake, CLIP, ALPHA)
         order = (
             Side(f"LCB of {PAIRS} pairs", certificate, 0.0, "nelbo.jsd.lower_bound"),
-            Side("JSD(p, g)", self.jsd),
+            Side("JSD(p, g)", self.divergence),
             Side("phi(exp(-(E L - H)))", both.upper, 0.0, UPPER),
         )
         forced = (

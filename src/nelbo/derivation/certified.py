@@ -14,7 +14,6 @@ from torch import Tensor
 
 from nelbo import jsd, quadrature
 from nelbo.derivation.identity import Erratum, Identity, Line, Side, mean_se
-from nelbo.derivation.lines import Said, below, equal
 from nelbo.derivation.pairs import (
     LOG2,
     Points,
@@ -24,6 +23,7 @@ from nelbo.derivation.pairs import (
     random_points,
     unequal,
 )
+from nelbo.derivation.places import Said, below, equal
 from nelbo.randomness import generator
 
 POINTS, DENSITIES = "two laws on four points", "two densities"
@@ -54,7 +54,8 @@ class Payoff(Identity):
     title = "The mean payoff of a pair is a lower bound of JSD, and its range is known"
     latex = (
         r"Z = \tfrac12[\log2-\mathrm{sp}(-\tilde s(x))]"
-        r" + \tfrac12[\log2-\mathrm{sp}(\tilde s(y))],\quad E Z = L_{\tilde D} \le \mathrm{JSD},\quad \max Z-\min Z = B"
+        r" + \tfrac12[\log2-\mathrm{sp}(\tilde s(y))],"
+        r"\quad E Z = L_{\tilde D} \le \mathrm{JSD},\quad \max Z-\min Z = B"
     )
     text = "Z = [log 2 - sp(-s(x))]/2 + [log 2 - sp(s(y))]/2, s clipped to [-B, B]: E Z <= JSD"
     assumes = "x ~ p and y ~ g independent, D and B fixed before they are looked at"
@@ -110,7 +111,7 @@ class Payoff(Identity):
             ),
             equal(
                 "logits",
-                Said("largest Z - smallest Z", f"{PAYOFF}, nelbo.jsd.lowest"),
+                Said("largest Z - smallest Z", PAYOFF),
                 Said("B"),
                 jsd.payoff(far, -far, clips) - jsd.lowest(clips),
                 clips,
@@ -152,7 +153,7 @@ class Betting(Identity):
         "LCB = log 2 − sp(B) + B m*, cut at 0.",
     )
     functions = (BOUND, "nelbo.gan.value")
-    source = "Ville 1939; Waudby-Smith and Ramdas 2023, theorem 3"
+    source = "Ville 1939; Waudby-Smith and Ramdas 2023 (betting on a mean)"
 
     def lines(self, seed: int) -> list[Line]:
         laws = unequal()

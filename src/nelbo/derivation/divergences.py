@@ -17,7 +17,6 @@ from torch import Tensor
 
 from nelbo import jsd, quadrature
 from nelbo.derivation.identity import Erratum, Identity, Line, Side
-from nelbo.derivation.lines import Said, below, equal, single
 from nelbo.derivation.pairs import (
     LOG2,
     SHIFTED,
@@ -27,12 +26,15 @@ from nelbo.derivation.pairs import (
     normal,
     random_points,
 )
+from nelbo.derivation.places import Said, below, equal, single
 from nelbo.lattices import Box
 
 POINTS, DENSITIES = "two laws on four points", "two densities"
 PHI, KAPPA, JSD = "nelbo.jsd.phi", "nelbo.jsd.kappa", "nelbo.quadrature.jsd"
 
-DROPPED = torch.tensor([0.49693, 0.38040, 0.29030, 0.21576, 0.15180, 0.09560, 0.04541]).double()
+DROPPED = torch.tensor(
+    [0.49693, 0.38040, 0.29030, 0.21576, 0.15180, 0.09560, 0.04541], dtype=torch.float64
+)
 """φ(k/8), k = 1..7, to the digits shown."""
 INVERTED = {0.01: 0.0290, 0.1: 0.3016, 0.3: 1.021, 0.5: 2.102, 0.6: 3.096}
 """κ, to the digits shown."""
@@ -152,7 +154,7 @@ class KLBound(Identity):
             below(
                 DENSITIES,
                 Said("JSD", JSD),
-                Said("phi(exp(-KL))", f"nelbo.quadrature.kl, {PHI}"),
+                Said("phi(exp(-KL)), KL by quadrature", PHI),
                 single(quadrature.jsd(p, g).value),
                 upper,
                 of="directions of KL",

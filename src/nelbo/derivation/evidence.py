@@ -14,8 +14,8 @@ from torch import Tensor
 
 from nelbo import jsd
 from nelbo.derivation.identity import Erratum, Identity, Line, Side, mean_se
-from nelbo.derivation.lines import Said, below, equal, single
 from nelbo.derivation.pairs import LOG2, Points, random_points, unequal
+from nelbo.derivation.places import Said, below, equal, single
 from nelbo.randomness import generator
 
 POINTS = "two laws on four points"
@@ -26,7 +26,8 @@ ALPHA = 0.05
 def binomial(n: int, rate: float) -> Tensor:
     """(n+1,) masses of the number of hits."""
     law = torch.distributions.Binomial(n, torch.tensor(rate, dtype=torch.float64))
-    return law.log_prob(torch.arange(n + 1, dtype=torch.float64)).exp()
+    mass: Tensor = law.log_prob(torch.arange(n + 1, dtype=torch.float64)).exp()
+    return mass
 
 
 class TwoCells(Identity):
@@ -53,14 +54,13 @@ class TwoCells(Identity):
     source = "Clopper and Pearson 1934"
 
     def lines(self, seed: int) -> list[Line]:
-        n, a, b = 8, 0.8, 0.3
+        n, pairs = 8, [(0.8, 0.3), (0.5, 0.45), (0.5, 0.5)]
         limits = [jsd.limit_below(k, n, ALPHA / 2) for k in range(n + 1)]
         limit = torch.tensor(limits, dtype=torch.float64)
         rates = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
         missed = torch.stack([binomial(n, float(r))[limit > r].sum() for r in rates])
-        cells = self._all(n)
-        weight = torch.outer(binomial(n, a), binomial(n, b))
-        coins = self._coins(single(a), single(b))
+        cells, variation = self._all(n)
+        missing = [self._missing(n, a, b, cells, variation) for a, b in pairs]
         low, high = limit[:, None], 1 - limit.flip(0)
         apart = (low > high).expand(n + 1, n + 1)
         expected = torch.where(apart, self._coins(low, high).jsd(), torch.zeros(()).double())
@@ -84,20 +84,29 @@ class TwoCells(Identity):
             ),
             below(
                 "coins",
-                Said("P(LCB > JSD), all outcomes", CELLS),
+                Said("P(bound > truth), all outcomes; of JSD and of TV", CELLS),
                 Said("delta"),
-                weight[cells > coins.jsd()].sum(),
+                torch.stack(missing),
                 single(ALPHA),
+                of="bounds and pairs of coins",
                 unit="",
             ),
         ]
 
     @staticmethod
     def _all(n: int) -> Tensor:
-        """(n+1, n+1) bounds for every number of hits among reals and fakes."""
+        """(2, n+1, n+1) bounds of JSD and of TV for every number of hits of reals and fakes."""
         signs = [torch.where(torch.arange(n) < k, 1.0, -1.0) for k in range(n + 1)]
-        rows = [[jsd.two_cells(x, y, 0.0, ALPHA).jsd_nats_lower for y in signs] for x in signs]
-        return torch.tensor(rows, dtype=torch.float64)
+        rows = [[jsd.two_cells(x, y, 0.0, ALPHA) for y in signs] for x in signs]
+        both = [[(cell.jsd_nats_lower, cell.tv_lower) for cell in row] for row in rows]
+        return torch.tensor(both, dtype=torch.float64).movedim(2, 0)
+
+    @classmethod
+    def _missing(cls, n: int, a: float, b: float, cells: Tensor, variation: Tensor) -> Tensor:
+        """(2,) probabilities that the bounds exceed JSD and TV of the coins a and b."""
+        weight = torch.outer(binomial(n, a), binomial(n, b))
+        truth = cls._coins(single(a), single(b)).jsd()
+        return torch.stack([weight[cells > truth].sum(), weight[variation > a - b].sum()])
 
     @staticmethod
     def _coins(a: Tensor, b: Tensor) -> Points:

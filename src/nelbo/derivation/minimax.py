@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from nelbo import gan, quadrature
 from nelbo.derivation.identity import Erratum, Identity, Line, Side, mean_se
-from nelbo.derivation.lines import Said, below, equal, single
 from nelbo.derivation.pairs import (
     Logit,
     climbed,
@@ -24,6 +23,7 @@ from nelbo.derivation.pairs import (
     on_lattice,
     paid,
 )
+from nelbo.derivation.places import Said, below, equal, single
 from nelbo.lattices import Box
 from nelbo.randomness import generator
 

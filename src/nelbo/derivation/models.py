@@ -21,7 +21,7 @@ from nelbo.decoders import Constant, Density, Discretized
 from nelbo.derivation.line import Affine, Levelled, hermite
 from nelbo.derivation.settings import Enumerated, patterns
 from nelbo.distributions import level_values
-from nelbo.parameterizations import X0, Epsilon
+from nelbo.parameterizations import X0, Epsilon, Velocity
 from nelbo.processes.base import along
 from nelbo.processes.bernoulli import Bernoulli
 from nelbo.processes.gaussian import Gaussian
@@ -73,6 +73,23 @@ class LinePosterior(nn.Module):
         keep, lose = (along(v, x_t) for v in (self.schedule.keep(t), self.schedule.lose(t)))
         gain = keep.sqrt() * self.variance / (keep * self.variance + lose)
         return self.mean + gain * (x_t - keep.sqrt() * self.mean)
+
+
+class BitPosterior(nn.Module):
+    """logit P(x_0=1|x_t) of independent bits.
+
+    Arguments:
+        process: the forward process. prior: (d,) logit P(x_0=1).
+    """
+
+    def __init__(self, process: Bernoulli, prior: Tensor) -> None:
+        super().__init__()
+        self.process = process
+        self.prior = prior
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Any = None) -> Tensor:
+        q = self.process.schedule
+        return self.prior + self.process.evidence(x_t, q.log_keep(t), q.log_lose(t))
 
 
 class Constantly(nn.Module):
@@ -140,9 +157,9 @@ def levels() -> Levelled:
     return Levelled(model, schedule.grid(5), x_0, weight, f"{GAUSSIAN}, {LEVELS} levels")
 
 
-def exact_bits(rates: tuple[float, float] = RATES, times: Tensor | None = None) -> Enumerated:
-    """Two independent bits, their exact reverse conditionals; rates (π, π): the prior itself."""
-    schedule, p = bit_schedule(), torch.tensor(rates, dtype=torch.float64)
+def exact_bits(times: Tensor | None = None) -> Enumerated:
+    """Two independent bits and their exact reverse conditionals on any grid."""
+    schedule, p = bit_schedule(), torch.tensor(RATES, dtype=torch.float64)
     network = Constantly(p.logit())
     model = Reverse(Bernoulli(schedule, RATE), network, Context(), BernoulliDecoder())
     x_0 = patterns(2)
@@ -162,6 +179,25 @@ def exact_affine(
     decoder = Density(Constant(float(error[0].log())))
     model = Reverse(Gaussian(schedule), network, X0(Optimal(grid, error)), decoder)
     return Affine(model, grid, *line_data(mean, variance), GAUSSIAN)
+
+
+def stationary_line() -> Affine:
+    """N(0, 1), the prior itself: no network is needed, v̂ = 0, and σ² = β is exact."""
+    schedule = line_schedule()
+    network = Constantly(torch.zeros(1, dtype=torch.float64))
+    model = Reverse(Gaussian(schedule), network, Velocity(Transition()), Density())
+    return Affine(model, schedule.grid(5), *line_data(0.0, 1.0), GAUSSIAN)
+
+
+def stationary_bits() -> Enumerated:
+    """Bits with the rate π, the prior itself, and the logits of their posterior."""
+    schedule = bit_schedule()
+    process = Bernoulli(schedule, RATE)
+    prior = torch.full((2,), RATE, dtype=torch.float64)
+    model = Reverse(process, BitPosterior(process, prior.logit()), Logits(), BernoulliDecoder())
+    x_0 = patterns(2)
+    weight = (x_0 * prior + (1 - x_0) * (1 - prior)).prod(1)
+    return Enumerated(model, schedule.grid(), x_0, weight, BERNOULLI)
 
 
 def settings() -> tuple[Affine, Levelled, Enumerated]:

@@ -34,6 +34,8 @@ LOG_PROB = "nelbo.distributions.DiagonalNormal.log_prob"
 BETAS, NOISE = "nelbo.schedules.Stepped.betas", "nelbo.objectives.noise_error"
 STEPS = 12
 PLANE = normal([0.5, -0.3], [[0.7, 0.2], [0.2, 0.4]])
+AROUND = (("noise", "velocity"), ("velocity", "data"), ("data", "noise"))
+"""Each network once on every side of a line."""
 SPOILED = (0.9, 0.1)
 """x̂_0 = .9 E[x_0|x_t] + .1: a network that is not the best one."""
 
@@ -170,17 +172,22 @@ class SquaredErrors(Identity):
                 ),
                 tolerance=1e-9,
             ),
-            *[self._log_ratios(name) for name in c.models],
+            *[self._log_ratios(*names) for names in AROUND],
         ]
 
     @staticmethod
-    def _log_ratios(name: str) -> Line:
-        at, x_0, index = chain().at(name)
-        s = chain().times[index - 1]
+    def _log_ratios(name: str, other: str) -> Line:
+        c = chain()
+        at, x_0, index = c.at(name)
+        s = c.times[index - 1]
         return compared(
             "Gaussian",
             (f"KL, network of {name}", pair_term(at, x_0, s), PAIR),
-            ("-E log p(x_s|x_t)/q(x_s|x_t,x_0)", -_log_ratio(at, x_0, s), LOG_PROB),
+            (
+                f"-E log p/q of x_s, network of {other}",
+                -_log_ratio(c.at(other)[0], x_0, s),
+                LOG_PROB,
+            ),
             tolerance=1e-9,
         )
 

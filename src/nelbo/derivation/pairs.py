@@ -116,7 +116,7 @@ Logit = Callable[[Tensor], Tensor]
 def guesses() -> list[Logit]:
     """Discriminators that are not the best one: flat, tilted, wavy, over-confident."""
     return [
-        lambda x: torch.zeros_like(x[:, 0]),
+        lambda x: torch.full_like(x[:, 0], 0.2),
         lambda x: 0.3 - 0.8 * x[:, 0],
         lambda x: (2 * x[:, 0]).sin(),
         lambda x: 4 * x[:, 0].tanh(),

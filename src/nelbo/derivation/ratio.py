@@ -6,16 +6,14 @@ L(x_0) = −E_q log w = −log p_θ(x_0) + KL(q(x_{1:N}|x_0) ‖ p_θ(x_{1:N}|x_
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch.distributions import Normal, kl_divergence
 
 from nelbo.derivation.identity import Erratum, Identity, Line, Side
 from nelbo.derivation.line import Affine, Levelled
-from nelbo.derivation.models import (
-    RATE,
-    exact_affine,
-    exact_bits,
-)
+from nelbo.derivation.models import stationary_bits, stationary_line
 from nelbo.derivation.rows import forward_steps, log_weights, reverse_steps
 from nelbo.derivation.settings import Joint, Known, Setting
 from nelbo.derivation.stated import Stated, Values, averaged, drawn, exact, line_of
@@ -87,7 +85,8 @@ def _masses(setting: Known) -> list[Line]:
     total = other.mean.value.exp().sum()[None]
     one = exact("1", "closed form", torch.ones(1))
     left = exact("Σ p_θ(x_0) over all x_0", other.by, total)
-    return [line_of(setting.family, left, one, f"{len(setting.x_0)} values of x_0")]
+    found = line_of(setting.family, left, one, f"{len(setting.x_0)} values of x_0")
+    return [replace(found, unit="probability")]
 
 
 def _weighed(setting: Known, seed: int) -> Line:
@@ -103,7 +102,8 @@ def _weighed(setting: Known, seed: int) -> Line:
     left = exact("E_q(x_0) p_θ(x_0)", KERNEL, p)
     right = Values("E_q(x_0) mean of w", WEIGHTS, drawn(found.log_w.exp(), weight))
     note = f"{DRAWS} trajectories of each of {len(x_0)} examples"
-    return line_of(setting.family, left, right, note)
+    unit = "density" if isinstance(setting, Affine) else "probability"
+    return replace(line_of(setting.family, left, right, note), unit=unit)
 
 
 class Jensen(Stated):
@@ -135,7 +135,7 @@ class Jensen(Stated):
 
     def apart(self, seed: int) -> list[Line]:
         """Data that follows the prior: then the exact reverse steps leave w constant."""
-        return [_equal(setting) for setting in (exact_affine(0.0, 1.0), exact_bits((RATE, RATE)))]
+        return [_equal(setting) for setting in (stationary_line(), stationary_bits())]
 
 
 def _equal(setting: Joint) -> Line:

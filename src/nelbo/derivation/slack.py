@@ -13,7 +13,6 @@ import torch
 
 from nelbo import quadrature
 from nelbo.derivation.identity import Erratum, Identity, Line
-from nelbo.derivation.lines import Said, below, equal, single
 from nelbo.derivation.pairs import (
     LOG2,
     LOG4,
@@ -25,6 +24,7 @@ from nelbo.derivation.pairs import (
     on_lattice,
     random_points,
 )
+from nelbo.derivation.places import Said, below, equal, single
 
 POINTS, DENSITIES = "two laws on four points", "two densities"
 VALUE, JSD, SLACK = (f"nelbo.quadrature.{name}" for name in ("value", "jsd", "slack"))
@@ -156,7 +156,7 @@ class Slack(Identity):
             ),
             equal(
                 DENSITIES,
-                Said("JSD - (log 2 + V/2)", f"{JSD}, nelbo.gan.value"),
+                Said("JSD - (log 2 + V/2), JSD by quadrature", "nelbo.gan.value"),
                 Said("E_m KL(Bern(D*) || Bern(D))", SLACK),
                 divergence - (LOG2 + values / 2),
                 torch.tensor(lost, dtype=torch.float64),

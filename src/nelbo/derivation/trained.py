@@ -25,7 +25,7 @@ from nelbo.derivation.rows import (
     posterior_steps,
     reverse_steps,
 )
-from nelbo.derivation.settings import Sampled
+from nelbo.derivation.settings import Sampled, Setting
 from nelbo.objectives import Objective
 from nelbo.processes.gaussian import Gaussian
 from nelbo.randomness import seeded
@@ -92,15 +92,29 @@ def in_float64(model: Reverse, device: str) -> Reverse:
     return found.eval()
 
 
-class Kept(Sampled):
-    """A setting whose trajectories are drawn once."""
+@dataclass(frozen=True)
+class Kept(Setting):
+    """A sampled setting whose trajectories are drawn once.
+
+    Arguments:
+        seed: of the latents.
+    """
+
+    seed: int = 0
 
     def trajectories(self) -> Rows:
-        return self._drawn
+        return self._rows
+
+    def at(self, index: int) -> Rows:
+        return self._drawn.at(index)
 
     @cached_property
-    def _drawn(self) -> Rows:
-        return super().trajectories()
+    def _rows(self) -> Rows:
+        return self._drawn.trajectories()
+
+    @property
+    def _drawn(self) -> Sampled:
+        return Sampled(self.model, self.times, self.x_0, self.weight, self.family, self.seed)
 
 
 @dataclass(frozen=True, eq=False)

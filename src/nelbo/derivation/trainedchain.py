@@ -43,7 +43,7 @@ def said(one: Stated) -> Callable[[Trained], Said]:
 
 
 def divergences(t: Trained) -> Said:
-    """I9: the inner expectation exactly, at every pair of every trajectory; the outer one drawn."""
+    """I9: the inner expectation exact at every pair of every trajectory, the outer one drawn."""
     inner = [
         _expected_ratio(t, i, t.model.process.posterior(at.x_t, t.x_0, at.t, t.times[i - 1]))
         for i, at in ((i, t.at(i)) for i in range(1, len(t.times)))
@@ -108,9 +108,9 @@ def entropies(t: Trained) -> Said:
     return [
         t.drawn(
             (
-                "E[log q(x_1|x_0) - log q(x_N|x_0)]",
-                t.marginal[:, 0] - t.marginal[:, -1],
-                MARGINAL,
+                "E sum of log q(x_s|x_t,x_0)/q(x_t|x_s)",
+                (t.posterior - t.forward[:, 1:]).sum(1),
+                POSTERIOR,
             ),
             ("H_q(X_N|X_0) - H_q(X_1|X_0)", form.last - form.first, "nelbo.entropy.entropy_form"),
         )

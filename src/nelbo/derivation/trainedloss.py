@@ -116,7 +116,7 @@ def four_forms(t: Trained, q: Gaussian) -> Said:
 
 
 def _expected(objective: Objective, t: Trained) -> Tensor:
-    """The loss of every row averaged over the index that it draws, at the trajectories' latents."""
+    """The loss of every row averaged over the index it draws, at the trajectories' latents."""
     total = torch.zeros(len(t.x_0), dtype=torch.float64)
     for i in range(len(t.times)):
         total = total + objective.part(t.at(i), t.x_0, torch.tensor(i))

@@ -33,7 +33,7 @@ def run(options: Derive) -> None:
     """`nelbo derive`: compute, print, and say what disagrees.
 
     Raises:
-        NumericalFailure: after everything was printed: a line disagrees, or a wrong variant agrees.
+        NumericalFailure: a line disagrees, or a wrong variant agrees; all was printed.
     """
     words, path = parted(options.what)
     if path is None:
@@ -183,7 +183,7 @@ def _on_run(options: Derive, words: Sequence[str], path: Path) -> dict[str, Any]
     run = derived.opened(options, path)
     sheet.show(run.opening(sheet.width))
     results = []
-    with _meter(options, len(run.table)) as meter:
+    with _meter(options, len(wanted or run.table)) as meter:
         for found in run.results(wanted):
             results.append(found)
             sheet.show(_shown(found, (), bool(words), sheet.width))
