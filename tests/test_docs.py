@@ -55,7 +55,7 @@ def test_links_lead_to_files_that_hold_what_they_are_called(page: Path) -> None:
         if file.suffix == ".py" and "/" not in name and not name.endswith(".py"):
             source = file.read_text()
             for part in name.split("."):
-                assert re.search(rf"\b(def|class) {part}\b|^    {part}: ", source, re.M), name
+                assert re.search(rf"\b(def|class|as) {part}\b|^    {part}: ", source, re.M), name
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -84,6 +85,7 @@ class Density:
     chain: Tensor
 
 
+@cache
 def density() -> Density:
     """Of the Swiss roll, scaled as a model sees it, with the exact E[x_0|x_t]."""
     data = swissroll(10_000, 2, n_validation=1)

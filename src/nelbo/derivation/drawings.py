@@ -43,19 +43,19 @@ def telescope(found: Telescope, width: float) -> bytes:
     Returns:
         PNG.
     """
-    left, right = _panels(width)
+    figure, left, right = _panels(width)
     _stairs(left, np.asarray(found.marginals))
     _sum(right, np.asarray(found.terms), found.likelihood, width <= NARROW)
-    return png(left.figure)
+    return png(figure)
 
 
-def _panels(width: float) -> tuple[Axes, Axes]:
+def _panels(width: float) -> tuple[Figure, Axes, Axes]:
     """Two pairs of axes, side by side or, on a phone, one above the other."""
     narrow = width <= NARROW
     layout = ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.04, wspace=0.06, hspace=0.08)
     figure = Figure(figsize=(width, 5.4 if narrow else 3.1), dpi=DPI, layout=layout)
     one, two = figure.subplots(2, 1) if narrow else figure.subplots(1, 2)
-    return one, two
+    return figure, one, two
 
 
 def _title(axes: Axes, text: str) -> None:
@@ -145,10 +145,10 @@ def errors(found: Errors, width: float) -> bytes:
     Returns:
         PNG.
     """
-    left, right = _panels(width)
+    figure, left, right = _panels(width)
     _over_means(left, found)
     _over_deviations(right, found)
-    return png(left.figure)
+    return png(figure)
 
 
 def _over_means(axes: Axes, found: Errors) -> None:
@@ -203,12 +203,12 @@ def duel(found: Duel, width: float) -> bytes:
     layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.03, hspace=0.06)
     figure = Figure(figsize=(width, 4.9), dpi=DPI, layout=layout)
     above, below = figure.subplots(2, 1, sharex=True)
-    _densities(above, found)
-    _payoffs(below, found)
+    _densities(above, found, width <= NARROW)
+    _payoffs(below, found, width <= NARROW)
     return png(figure)
 
 
-def _densities(axes: Axes, found: Duel) -> None:
+def _densities(axes: Axes, found: Duel, narrow: bool) -> None:
     for values, colour, name in ((found.p, BLUE, "p, data"), (found.g, VERMILION, "g, generator")):
         axes.fill_between(found.x, values, color=colour, alpha=0.22, lw=0)
         axes.plot(found.x, values, color=colour, lw=1.2, label=name)
@@ -219,12 +219,11 @@ def _densities(axes: Axes, found: Duel) -> None:
     axes.set_xlim(float(found.x[0]), float(found.x[-1]))
     axes.set_yticks([0, 0.5, 1], ["0", "½", "1"])
     axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1), ncols=4 if axes.figure.get_figwidth() > NARROW
-        else 2, handlelength=1.6, borderaxespad=0.2, columnspacing=1.4,
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=2 if narrow else 4, handlelength=1.6, borderaxespad=0.2, columnspacing=1.4,
     )  # fmt: skip
 
 
-def _payoffs(axes: Axes, found: Duel) -> None:
+def _payoffs(axes: Axes, found: Duel, narrow: bool) -> None:
     paid = np.asarray(found.paid)
     axes.fill_between(found.x, paid, color=SKY, alpha=0.3, lw=0)
     label = f"D*: the area is JSD = {found.jsd:.3f}"
@@ -232,7 +231,7 @@ def _payoffs(axes: Axes, found: Duel) -> None:
     label = f"another D: log 2 + V/2 = {found.reached:.3f}"
     axes.plot(found.x, found.paid_other, color=GREEN, lw=1.2, ls=DASHED, label=label)
     axes.axhline(0, color=MUTED, lw=0.7)
-    axes.set_ylim(top=float(paid.max()) * (1.1 if axes.figure.get_figwidth() > NARROW else 1.45))
+    axes.set_ylim(top=float(paid.max()) * (1.45 if narrow else 1.1))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.set_xlabel("x")
     _title(axes, "paid at x, nats per unit of x")

@@ -35,11 +35,11 @@ ROUNDING = 1e-9
 """Exact values below it are shown as 0."""
 TESTS = {
     "likelihood": "test_derivation_bound.py",
-    "gaussian": "test_derivation_gaussian.py",
-    "objectives": "test_derivation_gaussian.py",
-    "estimation": "test_derivation_gaussian.py",
-    "tighter": "test_derivation_game.py",
-    "conditioning": "test_derivation_game.py",
+    "gaussian": "test_derivation_algebra.py",
+    "objectives": "test_derivation_algebra.py",
+    "estimation": "test_derivation_algebra.py",
+    "tighter": "test_derivation_tighter.py",
+    "conditioning": "test_derivation_tighter.py",
     "game": "test_derivation_game.py",
     "instrument": "test_derivation_game.py",
 }
