@@ -219,7 +219,8 @@ def _densities(axes: Axes, found: Duel, narrow: bool) -> None:
     axes.set_xlim(float(found.x[0]), float(found.x[-1]))
     axes.set_yticks([0, 0.5, 1], ["0", "½", "1"])
     axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1), ncols=2 if narrow else 4, handlelength=1.6, borderaxespad=0.2, columnspacing=1.4,
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=2 if narrow else 4,
+        handlelength=1.6, borderaxespad=0.2, columnspacing=1.4,
     )  # fmt: skip
 
 
