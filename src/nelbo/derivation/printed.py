@@ -15,6 +15,8 @@ import math
 import textwrap
 from collections.abc import Iterator, Sequence
 
+from rich.cells import cell_len
+
 from nelbo.console import clean, figure
 from nelbo.derivation.chain import Wrong
 from nelbo.derivation.identity import Line, Result, Side
@@ -66,15 +68,28 @@ def beside(left: str, right: str, width: int, first: str = "", then: str = "") -
     """
     room = width - len(right) - 2 * bool(right)
     if right and room - len(first) < _LEAST:
-        yield from textwrap.wrap(
-            left, max(width, 30), initial_indent=first, subsequent_indent=then
-        )
+        yield from _wrapped(left, width, initial_indent=first, subsequent_indent=then)
         yield right.rjust(width)
         return
-    rows = textwrap.wrap(left, max(room, 30), initial_indent=first, subsequent_indent=then)
+    rows = _wrapped(left, room, initial_indent=first, subsequent_indent=then)
     rows = rows or [first]
-    yield f"{rows[0].ljust(room)}  {right}" if right else rows[0]
+    # an accent over a letter takes no column of its own
+    gap = " " * (room - cell_len(rows[0]) + 2)
+    yield f"{rows[0]}{gap}{right}" if right else rows[0]
     yield from rows[1:]
+
+
+def _wrapped(
+    text: str, width: int, initial_indent: str = "", subsequent_indent: str = ""
+) -> list[str]:
+    """Rows of at most `width` columns; a minus sign is no place to break."""
+    return textwrap.wrap(
+        text,
+        max(width, 30),
+        initial_indent=initial_indent,
+        subsequent_indent=subsequent_indent,
+        break_on_hyphens=False,
+    )
 
 
 def line_rows(line: Line, width: int) -> Iterator[Row]:
@@ -93,7 +108,7 @@ def line_rows(line: Line, width: int) -> Iterator[Row]:
 def head(result: Result, width: int) -> Iterator[Row]:
     """`I7 telescoping: ...`."""
     one = result.identity
-    for row in textwrap.wrap(f"{one.id} {one.name}: {one.title}", width, subsequent_indent="   "):
+    for row in _wrapped(f"{one.id} {one.name}: {one.title}", width, subsequent_indent="   "):
         yield row, HEAD
 
 
@@ -147,7 +162,5 @@ def wrong_rows(wrong: Wrong, width: int) -> Iterator[Row]:
 
 def _paragraph(text: str, width: int, indent: str = "", style: str = PLAIN) -> Iterator[Row]:
     lead = " " * (len(text) - len(text.lstrip()))
-    rows = textwrap.wrap(
-        text.strip(), max(width, 30), initial_indent=lead, subsequent_indent=lead + indent
-    )
+    rows = _wrapped(text.strip(), width, initial_indent=lead, subsequent_indent=lead + indent)
     yield from ((row, style) for row in rows)

@@ -25,7 +25,8 @@ from nelbo.randomness import seeded
 
 Said = list[Line] | str
 LOG2, LOG4 = math.log(2), math.log(4)
-COMPONENTS = 16
+COMPONENTS, SAMPLES = 16, 100_000
+"""Samples of G that make a mixture, and that make a blurred law."""
 AGREEMENT = 1e-6
 """A network's logit may have kinks."""
 UNKNOWN = "the law of its data is not a known mixture in the plane"
@@ -120,7 +121,7 @@ class Players:
         """JSD of the data's law and G's, both blurred, from many samples."""
         assert self.law is not None
         count = iter(range(10**6))
-        return blurred(lambda n: self.fakes(n, f"blurred {next(count)}"), self.law, std, 100_000)
+        return blurred(lambda n: self.fakes(n, f"blurred {next(count)}"), self.law, std, SAMPLES)
 
 
 def push_forward(t: Players) -> Said:
