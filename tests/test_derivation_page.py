@@ -12,6 +12,7 @@ import pytest
 import torch
 from derived import everything
 
+from nelbo import cli
 from nelbo.derivation import chain, curves, drawings, page
 from nelbo.derivation.identity import Line, Result, Side
 from nelbo.derivation.models import affine
@@ -164,6 +165,22 @@ def test_everything_is_written_into_a_folder(
         r"\]\((derivation-\w+\.png)\)", (tmp_path / "new/derivation.md").read_text()
     )
     assert set(shown) == names - {"derivation.html", "derivation.md"}
+
+
+def test_the_command_writes_the_page(
+    tmp_path: Path,
+    drawn: dict[str, Picture],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(page, "pictures", lambda: drawn)
+    monkeypatch.setattr(chain, "IDENTITIES", chain.IDENTITIES[:2])
+    monkeypatch.setattr(chain, "ERRATA", ())
+    assert cli.main(["derive", "--page", str(tmp_path), "--quiet"]) == 0
+    assert f"page: {tmp_path / 'derivation.html'}" in capsys.readouterr().out
+    assert "I1" in (tmp_path / "derivation.md").read_text()
+    for more in (["gap"], ["--errata"]):
+        assert cli.main(["derive", *more, "--page", str(tmp_path)]) == 2
 
 
 # --- the numbers behind the pictures -------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import tyro
@@ -29,6 +30,9 @@ class Derive:
     """Of a run: where to compute."""
     threads: int | None = None
     """CPU threads."""
+    page: Path | None = None
+    """Write the whole chain as a page into this folder: HTML, Markdown and pictures. Of a run,
+    derivation.html is always written, into its directory."""
     json: bool = False
     """Print one JSON document."""
     quiet: bool = False

@@ -14,7 +14,7 @@ import html
 import os
 import re
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ LATER = {
 """Identities of bits-back coding, which come with the coder."""
 
 
+@cache
 def pictures() -> dict[str, Picture]:
     """The four pictures by name, for the page and for a phone; some seconds."""
     names = ("telescope", "density", "errors", "duel")

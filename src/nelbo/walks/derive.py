@@ -17,9 +17,9 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from nelbo import console
+from nelbo import console, report
 from nelbo.commands import Derive
-from nelbo.derivation import chain, printed
+from nelbo.derivation import chain, page, printed
 from nelbo.derivation.chain import Wrong
 from nelbo.derivation.identity import Identity, Result
 from nelbo.errors import NumericalFailure, UsageError
@@ -36,6 +36,7 @@ def run(options: Derive) -> None:
         NumericalFailure: a line disagrees, or a wrong variant agrees; all was printed.
     """
     words, path = parted(options.what)
+    _refuse_page(options, words, path)
     if path is None:
         _refuse_idle(options)
         document = _exact(options, words)
@@ -83,6 +84,15 @@ def _refuse_idle(options: Derive) -> None:
         raise UsageError(f"--{idle[0]} speaks of a run: name its directory")
 
 
+def _refuse_page(options: Derive, words: Sequence[str], path: Path | None) -> None:
+    if options.page is None:
+        return
+    if words or options.errata:
+        raise UsageError("--page writes the whole chain: name no identity, and leave out --errata")
+    if path is not None:
+        raise UsageError(f"--page is of the small models; of a run it is {path}/derivation.html")
+
+
 class Sheet:
     """Rows on stdout, with colours where it is a terminal; silent if they are not wanted."""
 
@@ -124,7 +134,11 @@ def _exact(options: Derive, words: Sequence[str]) -> dict[str, Any]:
                 sheet.show([*printed.wrong_rows(wrong[-1], sheet.width), ("", printed.PLAIN)])
             meter.update(len(results) + len(wrong), erratum.id)
     sheet.show(_summary(results, wrong, time.monotonic() - started, sheet.width))
-    return {**chain.document(results, wrong), "seed": options.seed}
+    document = {**chain.document(results, wrong), "seed": options.seed}
+    if options.page is not None:
+        document["page"] = str(page.write(results, wrong, options.page))
+        sheet.show([(f"page: {document['page']}", printed.PLAIN)])
+    return document
 
 
 def _shown(
@@ -191,4 +205,9 @@ def _on_run(options: Derive, words: Sequence[str], path: Path) -> dict[str, Any]
     sheet.show(run.closing(sheet.width))
     sheet.show(_summary(results, (), time.monotonic() - started, sheet.width))
     about = {"run": run.about, "skipped": run.skipped, "seed": options.seed}
+    if not words:
+        about["page"] = str(page.write_beside(results, path))
+        sheet.show([(f"page: {about['page']}", printed.PLAIN)])
+    if not words and (path / "report.html").is_file():
+        report.write(path)  # it links to the page
     return {**chain.document(results), **about}
