@@ -124,6 +124,7 @@ PLANTED: dict[str, tuple[Any, str, Plant, set[str]]] = {
     "V halved": (gan, "value", scaled(0.5), {"I26", "I27", "I29", "I30", "I64"}),
     "V of exchanged sides": (gan, "value", exchanged, {"I27", "I29", "I30", "I64"}),
     "V without the fakes": (gan, "value", without_fakes, {"I26", "I27", "I29", "I30"}),
+    "the loss of D": (gan.Minimax, "discriminator", scaled(1.01), {"I30"}),
     "summed V negative": (quadrature, "value", shifted(-1), {"I27", "I28", "I29", "I30", "I61"}),
     "summed V, 1 % off": (quadrature, "value", shifted(1.01), {"I27", "I29", "I30", "I61"}),
     "summed JSD doubled": (quadrature, "jsd", shifted(2), {"I29", "I30", "I31"}),

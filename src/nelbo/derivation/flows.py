@@ -138,6 +138,7 @@ class Probes(Identity):
     functions = (PROBED, EXACT, DENSITY)
     source = "Hutchinson 1990; Grathwohl et al. 2019, section 3.1"
 
+    @torch.enable_grad()
     def lines(self, seed: int) -> list[Line]:
         dims, draws = 5, generator(0, "derivation", "jacobian")
         a, x = (torch.randn(n, dims, dtype=torch.float64, generator=draws) for n in (dims, 1))

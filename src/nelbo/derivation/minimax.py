@@ -32,6 +32,7 @@ VALUE = "nelbo.quadrature.value"
 DRAWS = 200_000
 
 
+@torch.enable_grad()
 def curvature(a: float, b: float, y: float) -> float:
     """d²/dy² of a log y + b log(1 − y), by differentiating `gan.value` twice."""
     at = single(y).requires_grad_()
@@ -69,10 +70,8 @@ class Pointwise(Identity):
         highest = torch.xlogy(a, best) + torch.xlogy(b, 1 - best)
         y = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)[:, None]
         bends = [curvature(float(m), float(n), m / (m + n)) for m, n in counts]
-        ends = (
-            paid(single(3), single(0), single(math.inf)),
-            paid(single(0), single(3), single(-math.inf)),
-        )
+        corners = ((3.0, 0.0, math.inf), (0.0, 3.0, -math.inf))
+        ends = [paid(single(m), single(n), single(logit)) for m, n, logit in corners]
         value = Said("a log y + b log(1 - y)", "nelbo.gan.value")
         return [
             equal(

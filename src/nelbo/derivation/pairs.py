@@ -123,6 +123,7 @@ def guesses() -> list[Logit]:
     ]
 
 
+@torch.enable_grad()
 def climbed(p: Tensor, g: Tensor) -> Tensor:
     """The logit at which the slope of p log D + g log(1 − D) changes sign, by bisection."""
     low, high = torch.full_like(p, -60.0), torch.full_like(p, 60.0)

@@ -134,7 +134,7 @@ def whole_rows(result: Result, wrong: Sequence[Wrong], width: int) -> Iterator[R
         yield from _paragraph(f"{place}. {step}", width, "   ")
     yield "", PLAIN
     yield from _paragraph(f"LaTeX: {one.latex}", width, style=QUIET)
-    yield from _paragraph(f"Computed by: {', '.join(one.functions)}", width, style=QUIET)
+    yield from _paragraph(f"Computed by: {', '.join(_functions(result))}", width, style=QUIET)
     yield from _paragraph(f"Source: {one.source}", width, style=QUIET)
     yield "", PLAIN
     for line in result.lines:
@@ -142,6 +142,13 @@ def whole_rows(result: Result, wrong: Sequence[Wrong], width: int) -> Iterator[R
     for other in wrong:
         yield "", PLAIN
         yield from wrong_rows(other, width)
+
+
+def _functions(result: Result) -> list[str]:
+    """What computed the sides that are shown, or what the identity names."""
+    found = [side.by for line in result.lines for side in line.sides if side.by]
+    names = [name for by in found for name in by.split(", ") if name.startswith("nelbo.")]
+    return list(dict.fromkeys(names)) or list(result.identity.functions)
 
 
 def wrong_rows(wrong: Wrong, width: int) -> Iterator[Row]:

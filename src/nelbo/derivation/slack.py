@@ -9,15 +9,19 @@ so that L_D = log 2 + V/2 bounds JSD from below, whoever trained D.
 
 from __future__ import annotations
 
-import torch
+import math
 
-from nelbo import quadrature
+import torch
+from torch import Tensor
+
+from nelbo import gan, quadrature
 from nelbo.derivation.identity import Erratum, Identity, Line
 from nelbo.derivation.pairs import (
     LOG2,
     LOG4,
     SHIFTED,
     SHIFTS,
+    Points,
     guesses,
     lopsided,
     normal,
@@ -28,8 +32,15 @@ from nelbo.derivation.places import Said, below, equal, single
 
 POINTS, DENSITIES = "two laws on four points", "two densities"
 VALUE, JSD, SLACK = (f"nelbo.quadrature.{name}" for name in ("value", "jsd", "slack"))
+LOSS = "nelbo.gan.Minimax.discriminator"
 SUMMED = 1e-8
 """Sums over different lattices agree to this; the tail of torch's softplus costs 2e-9."""
+
+
+def lost_by(laws: Points, logits: Tensor) -> Tensor:
+    """E_p of what a real costs D, and E_g of what a fake does, by its minimax loss."""
+    cost, far = gan.Minimax().discriminator, torch.full_like(logits, math.inf)
+    return (laws.p * cost(logits, -far) + laws.g * cost(far, logits)).sum(-1)
 
 
 class ValueAtBest(Identity):
@@ -125,11 +136,14 @@ class Slack(Identity):
         "D* log(D*/D) + (1 − D*) log((1 − D*)/(1 − D)).",
         "That is the divergence of two coins, so it is never negative: L_D = log 2 + V(D)/2 is a "
         "lower bound of JSD for every D, trained or not.",
+        "D minimises E sp(−s(x)) + E sp(s(y)) = −V: with a mean loss of log 4 it knows nothing.",
     )
     functions = (
         "nelbo.gan.value",
         "nelbo.quadrature.slack",
         "nelbo.quadrature.jsd",
+        "nelbo.quadrature.value",
+        LOSS,
         "nelbo.bits.Bits",
     )
     source = "Goodfellow et al. 2014, theorem 1, for a D that is not the best one"
@@ -170,6 +184,15 @@ class Slack(Identity):
                 pairs.jsd() - (LOG2 + pairs.value(logits) / 2),
                 pairs.slack(logits),
                 of="random pairs with random D",
+            ),
+            equal(
+                DENSITIES,
+                Said("log 2 - (D's mean loss)/2", LOSS),
+                Said("log 2 + V/2", VALUE),
+                torch.stack([LOG2 - lost_by(masses, logit(x)) / 2 for logit in guesses()]),
+                LOG2 + torch.tensor(summed, dtype=torch.float64) / 2,
+                of="discriminators",
+                tolerance=SUMMED,
             ),
             below(
                 DENSITIES,

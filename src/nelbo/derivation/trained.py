@@ -37,6 +37,10 @@ ROUNDING = 1e-11
 """Of a sum of log-probabilities, relative to the largest of them."""
 
 
+Values = tuple[str, Tensor, str]
+"""What a side is, its values, and what computed them."""
+
+
 class Asked(nn.Module):
     """A network that computes as it was trained; it remembers its answer at each time of a grid.
 
@@ -212,7 +216,7 @@ class Trained:
 
     # --- lines -----------------------------------------------------------------------------------
 
-    def exact(self, *sides: tuple[str, Tensor, str], of: str = "trajectories") -> Line:
+    def exact(self, *sides: Values, of: str = "trajectories") -> Line:
         """Sides that are equal in every place; the line shows the worst.
 
         Arguments:
@@ -226,10 +230,17 @@ class Trained:
         note = f"the worst of {gap.numel()} {of}"
         return Line(self.name, shown, "=", ROUNDING * size * len(self.times), note=note)
 
+    def means(self, left: Values, right: Values, unit: str = "nats") -> Line:
+        """Means over examples of what is equal for every one of them, with their own errors."""
+        sides = tuple(Side(w, *mean_se(v), by) for w, v, by in (left, right))
+        size = max(1.0, abs(sides[0].value)) * len(self.times)
+        note = f"mean over {len(self.x_0)} examples"
+        return Line(self.name, sides, "=", ROUNDING * size, 0.0, note, unit)
+
     def drawn(
         self,
-        left: tuple[str, Tensor, str],
-        right: tuple[str, Tensor, str],
+        left: Values,
+        right: Values,
         relation: str = "=",
         note: str = "",
         unit: str = "nats",

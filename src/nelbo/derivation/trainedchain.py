@@ -26,9 +26,12 @@ from nelbo.randomness import seeded
 Said = list[Line] | str
 """Lines, or why there are none."""
 BOUND, IW = "nelbo.bound.bound", "nelbo.likelihood.importance_weighted"
-PAIR, PRIOR = "nelbo.bound.pair_term", "nelbo.bound.prior_term"
-MARGINAL = "Process.marginal"
-POSTERIOR, KERNEL = "Process.posterior", "Reverse.kernel"
+PAIR, PRIOR, FORM = "nelbo.bound.pair_term", "nelbo.bound.prior_term", "nelbo.entropy.entropy_form"
+MARGINAL = "nelbo.processes.base.Process.marginal"
+TRANSITION = "nelbo.processes.base.Process.transition"
+POSTERIOR = "nelbo.processes.base.Process.posterior"
+KERNEL = "nelbo.reverse.Reverse.kernel"
+LAW = "nelbo.data.mixture.GaussianMixture.log_prob"
 ONE = "the chain has one latent, so no pair"
 
 
@@ -96,7 +99,7 @@ def three_term_bound(t: Trained) -> Said:
     """I11: whole trajectories against the bound with draws of its own."""
     return [
         t.drawn(
-            ("E[-log w] on trajectories", t.minus_log_w, "Process.transition, Reverse.kernel"),
+            ("E[-log w] on trajectories", t.minus_log_w, f"{TRANSITION}, {KERNEL}"),
             ("prior + sum E KL + E[-log p(x_0|x_1)]", t.bound, BOUND),
         )
     ]
@@ -112,7 +115,7 @@ def entropies(t: Trained) -> Said:
                 (t.posterior - t.forward[:, 1:]).sum(1),
                 POSTERIOR,
             ),
-            ("H_q(X_N|X_0) - H_q(X_1|X_0)", form.last - form.first, "nelbo.entropy.entropy_form"),
+            ("H_q(X_N|X_0) - H_q(X_1|X_0)", form.last - form.first, FORM),
         )
     ]
 
@@ -128,7 +131,7 @@ def edge_step(t: Trained) -> Said:
             (
                 "sum E KL + H_q(X_1|X_0) - H_q(X_N|X_0) + ce(t_N) - ce(t_1) + ce(0)",
                 form.bound,
-                "nelbo.entropy.entropy_form",
+                FORM,
             ),
         )
     ]
@@ -141,8 +144,8 @@ def paper_form(t: Trained) -> Said:
     form = _form(t, t.terms.diffusion.sum(1))
     return [
         t.drawn(
-            ("E L + K", t.bound + form.k, "nelbo.entropy.entropy_form, nelbo.bound.bound"),
-            ("ce(t_N) - ce(t_1) + ce(0) - H_p(X_N)", form.excess, "nelbo.entropy.entropy_form"),
+            ("E L + K", t.bound + form.k, f"{FORM}, {BOUND}"),
+            ("ce(t_N) - ce(t_1) + ce(0) - H_p(X_N)", form.excess, FORM),
             note="0 where K is the bound",
         )
     ]
@@ -155,7 +158,11 @@ def order(t: Trained) -> Said:
     return [
         t.drawn(
             ("E L", t.bound, BOUND),
-            ("E[-log q(x_0)], the entropy", -t.law.log_prob(t.x_0), "GaussianMixture.log_prob"),
+            (
+                "E[-log q(x_0)], the entropy",
+                -t.law.log_prob(t.x_0),
+                "nelbo.data.mixture.GaussianMixture.log_prob",
+            ),
             ">=",
         )
     ]

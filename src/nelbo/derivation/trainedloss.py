@@ -27,7 +27,9 @@ from nelbo.randomness import seeded
 from nelbo.schedules import Smooth
 from nelbo.variances import Posterior
 
-NOISE = "nelbo.reverse.Prediction.noise"
+NOISE, GUESS = "nelbo.reverse.Prediction.noise", "nelbo.reverse.Prediction.x_0"
+MIXTURE = "nelbo.data.mixture.GaussianMixture"
+SQUARES = "squared error per example"
 DRAWS = 32
 """Times drawn for every row."""
 NOT_GAUSSIAN = "its process is not Gaussian: bits have no mean part and no noise"
@@ -107,7 +109,11 @@ def four_forms(t: Trained, q: Gaussian) -> Said:
     return [
         t.exact(
             ("sum over pairs of KL, variance beta~", total["divergence"], PAIR),
-            ("1/2 (snr_s - snr_t) ||x_0 - x_0^||^2", total["data"], "Prediction.x_0"),
+            (
+                "1/2 (snr_s - snr_t) ||x_0 - x_0^||^2",
+                total["data"],
+                "nelbo.reverse.Prediction.x_0",
+            ),
             ("1/2 expm1(l_s - l_t) ||eps - eps^||^2", total["noise"], NOISE),
             ("1/2 (snr_s - snr_t) l_t ||v - v^||^2", total["velocity"], NOISE),
             of="examples",
@@ -128,64 +134,63 @@ def _by(objective: Objective) -> str:
 
 
 def losses(t: Trained, q: Gaussian) -> Said:
-    """I24: L_simple, the squares of the means, the hybrid, and the bound's weights."""
-    n, d = len(t.times), t.x_0[0].numel()
-    simple = torch.zeros(len(t.x_0), dtype=torch.float64)
-    for i in range(n):
-        noise, guess = _noise(t, q, i)
-        simple = simple + per_example((noise - guess) ** 2) / n
-    lines = [
-        _own(
-            t,
-            t.exact(
-                (
-                    "L_simple, its time averaged over",
-                    _expected(Simple(t.times), t),
-                    "nelbo.objectives.Simple",
-                ),
-                ("mean over times of ||eps - eps^||^2", simple, NOISE),
-                of="examples",
-            ),
-            Simple,
-        ),
-        _own(t, _means(t, q), Mean),
-    ]
-    parameterization = t.model.parameterization
-    if (
-        isinstance(parameterization, GaussianParameterization)
-        and parameterization.variance.learned
-    ):
-        weight = t.objective.weight if isinstance(t.objective, Hybrid) else 0.001
-        whole = t.terms.total - t.terms.prior
-        hybrid = simple / d + weight * whole / (d * math.log(2))
-        own = Hybrid(t.times, weight=weight)
-        lines.append(
-            _own(
-                t,
-                t.exact(
-                    ("L_hybrid, its time averaged over", _expected(own, t), _by(own)),
-                    (f"L_simple/d + {weight:g} (L - prior)/(d log 2)", hybrid, PAIR),
-                    of="examples",
-                ),
-                Hybrid,
-            )
-        )
+    """I24: the bound's weights, L_simple without them, the squares of the means, the hybrid."""
+    total, simple = _squares(t, q), _simple(t, q)
+    own = Simple(t.times)
+    weighted = t.means(
+        ("sum over pairs of E KL, variance beta~", total["divergence"], PAIR),
+        ("sum of 1/2 expm1(l_s - l_t) E ||eps - eps^||^2", total["noise"], NOISE),
+    )
+    unweighted = t.means(
+        ("L_simple, averaged over its time", _expected(own, t), _by(own)),
+        ("mean over times of ||eps - eps^||^2, weight 1", simple, NOISE),
+        SQUARES,
+    )
+    lines = [weighted, _own(t, unweighted, Simple), _own(t, _means(t, q), Mean)]
+    rule = t.model.parameterization
+    if isinstance(rule, GaussianParameterization) and rule.variance.learned:
+        lines.append(_own(t, _hybrid(t, simple), Hybrid))
     return lines
+
+
+def _simple(t: Trained, q: Gaussian) -> Tensor:
+    """‖ε − ε̂‖² averaged over all times, (R,)."""
+    total = torch.zeros(len(t.x_0), dtype=torch.float64)
+    for i in range(len(t.times)):
+        noise, guess = _noise(t, q, i)
+        total += per_example((noise - guess) ** 2) / len(t.times)
+    return total
+
+
+def _hybrid(t: Trained, simple: Tensor) -> Line:
+    """L_simple and the bound, as weighted."""
+    d = t.x_0[0].numel()
+    weight = t.objective.weight if isinstance(t.objective, Hybrid) else Hybrid(t.times).weight
+    own = Hybrid(t.times, weight=weight)
+    right = simple / d + weight * (t.terms.total - t.terms.prior) / (d * math.log(2))
+    return t.means(
+        ("L_hybrid, averaged over its time", _expected(own, t), _by(own)),
+        (f"L_simple/d + {weight:g} (L - prior)/(d log 2)", right, PAIR),
+        "",
+    )
 
 
 def _means(t: Trained, q: Gaussian) -> Line:
     """‖μ̃ − μ_θ‖² against the means of the two laws."""
-    n = len(t.times)
     total = per_example((t.x_0 - t.at(0).x_0) ** 2)
-    for i in range(1, n):
+    for i in range(1, len(t.times)):
         at, s = t.at(i), t.times[i - 1]
         apart = q.posterior(at.x_t, t.x_0, at.t, s).mean - at.kernel(s).mean
         total = total + per_example(apart**2)
     own = Mean(t.times)
-    return t.exact(
-        ("L_mean, its time averaged over", _expected(own, t), _by(own)),
-        ("mean over times of ||mean of q - mean of p||^2", total / n, f"{POSTERIOR}, {KERNEL}"),
-        of="examples",
+    return t.means(
+        ("L_mean, averaged over its time", _expected(own, t), _by(own)),
+        (
+            "mean over times of ||mean of q - mean of p||^2",
+            total / len(t.times),
+            f"{POSTERIOR}, {KERNEL}",
+        ),
+        SQUARES,
     )
 
 
@@ -215,17 +220,17 @@ def floor(t: Trained, q: Gaussian) -> Said:
             (
                 "E ||eps - E[eps|x_t]||^2 + E ||E[eps|x_t] - eps^||^2",
                 least + more,
-                "GaussianMixture.spread, GaussianMixture.denoise",
+                f"{MIXTURE}.spread, {MIXTURE}.denoise",
             ),
             note="mean over times",
-            unit="squared error per example",
+            unit=SQUARES,
         ),
         t.drawn(
-            ("E ||eps - E[eps|x_t]||^2, the floor", least, "GaussianMixture.spread"),
+            ("E ||eps - E[eps|x_t]||^2, the floor", least, f"{MIXTURE}.spread"),
             ("E ||eps - eps^||^2", whole, NOISE),
             "<=",
             "mean over times",
-            "squared error per example",
+            SQUARES,
         ),
     ]
 
@@ -237,17 +242,11 @@ def unbiased(t: Trained) -> Said:
     spread = terms.square().mean(0).sqrt()
     weighted = Vlb(t.times, 0.9 * spread / spread.sum() + 0.1 / len(t.times))
     weighted.independent = True
-    lines = [
-        _own(
-            t,
-            t.exact(
-                ("L_vlb, its time averaged over", _expected(plain, t), _by(plain)),
-                ("prior + sum KL - log p(x_0|x_1)", t.terms.total, PAIR),
-                of="examples",
-            ),
-            Vlb,
-        )
-    ]
+    whole = t.means(
+        ("L_vlb, averaged over its time", _expected(plain, t), _by(plain)),
+        ("prior + sum KL - log p(x_0|x_1), at the same latents", t.terms.total, PAIR),
+    )
+    lines = [_own(t, whole, Vlb)]
     for name, objective in (
         ("uniform times of low discrepancy", plain),
         ("times drawn as the terms are large", weighted),
