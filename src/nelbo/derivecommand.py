@@ -28,7 +28,7 @@ class Derive:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Of a run: where to compute."""
     threads: int | None = None
-    """CPU threads."""
+    """CPU threads; 1 for the small models, which gain nothing from more."""
     json: bool = False
     """Print one JSON document."""
     quiet: bool = False

@@ -11,9 +11,11 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.text import Text
 
@@ -38,7 +40,8 @@ def run(options: Derive) -> None:
     words, path = parted(options.what)
     if path is None:
         _refuse_idle(options)
-        document = _exact(options, words)
+        with _threads(options.threads or 1):
+            document = _exact(options, words)
     else:
         document = _on_run(options, words, path)
     if options.json:
@@ -81,6 +84,17 @@ def _refuse_idle(options: Derive) -> None:
     idle += ["checkpoint"] if options.checkpoint != "newest" else []
     if idle:
         raise UsageError(f"--{idle[0]} speaks of a run: name its directory")
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """A number of CPU threads, and the old one afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Sheet:
