@@ -147,7 +147,7 @@ def compare(arguments: list[str]) -> int:
 
 
 def derive(arguments: list[str]) -> int:
-    """Run the derivation: every identity with its sides, on small models or on a run."""
+    """Run the derivation, on small exact models or on a run."""
     options = _parse("Derive", arguments)
     from nelbo.walks import derive as walk
 

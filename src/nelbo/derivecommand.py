@@ -29,7 +29,7 @@ class Derive:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Of a run: where to compute."""
     threads: int | None = None
-    """CPU threads."""
+    """CPU threads; 1 for the small models, which gain nothing from more."""
     page: Path | None = None
     """Write the whole chain as a page into this folder: HTML, Markdown and pictures. Of a run,
     derivation.html is always written, into its directory."""

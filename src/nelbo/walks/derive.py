@@ -11,9 +11,11 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.text import Text
 
@@ -39,7 +41,8 @@ def run(options: Derive) -> None:
     _refuse_page(options, words, path)
     if path is None:
         _refuse_idle(options)
-        document = _exact(options, words)
+        with _threads(options.threads or 1):
+            document = _exact(options, words)
     else:
         document = _on_run(options, words, path)
     if options.json:
@@ -91,6 +94,17 @@ def _refuse_page(options: Derive, words: Sequence[str], path: Path | None) -> No
         raise UsageError("--page writes the whole chain: name no identity, and leave out --errata")
     if path is not None:
         raise UsageError(f"--page is of the small models; of a run it is {path}/derivation.html")
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """A number of CPU threads, and the old one afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Sheet:
