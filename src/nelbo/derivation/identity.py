@@ -123,11 +123,11 @@ class Identity(ABC):
 
 
 class Erratum(ABC):
-    """A wrong variant from papers or lecture notes, with the check that tells it from the right one.
+    """A wrong variant from papers or lecture notes, and the check that tells it from the right one.
 
     Class attributes:
-        id: "E7". identity: "I2", which it gets wrong. printed: as one reads it. right: as it should
-            be. why: what breaks.
+        id: "E7". identity: "I2", which it gets wrong. printed: as one reads it.
+        right: as it should be. why: what breaks.
     """
 
     id: ClassVar[str]
