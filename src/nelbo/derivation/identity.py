@@ -123,7 +123,7 @@ class Identity(ABC):
 
 
 class Erratum(ABC):
-    """A wrong variant from papers or lecture notes, and the check that tells it from the right one.
+    """A wrong variant from papers or lecture notes, and the check that tells them apart.
 
     Class attributes:
         id: "E7". identity: "I2", which it gets wrong. printed: as one reads it.
