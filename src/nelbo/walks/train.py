@@ -22,6 +22,7 @@ from nelbo.recipes.groups import GameOptions, Options
 from nelbo.recipes.recipe import Recipe
 from nelbo.rundir import RunDirectory, default_path
 from nelbo.samplers import Ancestral
+from nelbo.speed import prepared
 from nelbo.trainer import Player, Rate, Trainer
 from nelbo.walks import evaluate as evaluating
 from nelbo.walks import sample as sampling
@@ -140,8 +141,9 @@ def trainer_of(recipe: Recipe, device: str) -> Trainer:
     """The trainer of a recipe; batches and noise are functions of (seed, step)."""
     options, dataset = recipe.options, recipe.dataset
     model = recipe.model.to(device)
-    if options.compile:
-        model.network.compile()
+    done = prepared(model.network, device, kernels=options.kernels, compiled=options.compile)
+    if device != "cpu":
+        console.say(done)
 
     def batch(step: int) -> Tensor:
         rows = batch_indices(len(dataset.train), options.batch, options.seed, step)
