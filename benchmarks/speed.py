@@ -1,8 +1,8 @@
 """Training, forward calls, sampling, the bound and the first step, beside other projects.
 
-    python benchmarks/speed.py                                     on a GPU: the whole table
-    python benchmarks/speed.py --improved-diffusion PATH           with a copy of improved-diffusion
-    python benchmarks/speed.py --small                             the small network, on a CPU
+    python benchmarks/speed.py                              on a GPU: the whole table
+    python benchmarks/speed.py --improved-diffusion PATH    with a copy of improved-diffusion
+    python benchmarks/speed.py --small                      the small network, on a CPU
 
 All contestants live in one process and take turns: in every round each works for --seconds, in an
 order that rotates, so that whatever else the machine does meets all of them alike. A ratio is of

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from peers.contest import (
     RATE,
     STEPS,
@@ -21,7 +23,6 @@ from peers.contest import (
     scaled,
     tunings,
 )
-from torch import Tensor, nn
 
 try:
     import diffusers

@@ -1,4 +1,4 @@
-"""improved-diffusion, from a folder that holds its repository: its UNetModel and GaussianDiffusion.
+"""improved-diffusion, from a folder with its repository: its UNetModel and GaussianDiffusion.
 
 Its training loop needs MPI, so its update is written out: `training_losses` at uniform times, the
 gradient norm that it logs, AdamW, one average of the weights.
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from peers.contest import (
     RATE,
     STEPS,
@@ -22,7 +24,6 @@ from peers.contest import (
     scaled,
     tunings,
 )
-from torch import Tensor, nn
 
 
 class Loop:

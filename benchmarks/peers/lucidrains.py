@@ -20,8 +20,9 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import torch
-from peers.contest import RATE, STEPS, Absent, Contestant, Setting, Tuning, images, tunings
 from torch import Tensor, nn
+
+from peers.contest import RATE, STEPS, Absent, Contestant, Setting, Tuning, images, tunings
 
 
 def _imported() -> Any:

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peers.contest import Contestant
 from torch.utils.flop_counter import FlopCounterMode
+
+from peers.contest import Contestant
 
 
 @dataclass(frozen=True)

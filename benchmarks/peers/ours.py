@@ -1,4 +1,4 @@
-"""nelbo: its `Trainer` with its own objective, seeds, checks, optimiser and average of the weights.
+"""nelbo: its `Trainer` with its own objective, seeds, checks, optimiser and averaged weights.
 
 As shipped is what `nelbo train` does without options; on a GPU `bf16` is its option --bf16, and
 `tuned` is --bf16 --compile.
@@ -7,8 +7,6 @@ As shipped is what `nelbo train` does without options; on a GPU `bf16` is its op
 from __future__ import annotations
 
 import torch
-from peers.contest import RATE, STEPS, Contestant, Setting, Tuning, images, scaled, tunings
-from peers.diffusers_loop import configuration
 from torch import Tensor
 
 from nelbo.averages import Warming
@@ -19,11 +17,13 @@ from nelbo.networks.unet import UNet
 from nelbo.objectives import Simple
 from nelbo.parameterizations import Epsilon
 from nelbo.processes.gaussian import Gaussian
-from nelbo.speed import prepared
 from nelbo.reverse import Reverse
 from nelbo.samplers import DDIM, sample
 from nelbo.schedules import Linear
+from nelbo.speed import prepared
 from nelbo.trainer import Player, Rate, Trainer
+from peers.contest import RATE, STEPS, Contestant, Setting, Tuning, images, scaled, tunings
+from peers.diffusers_loop import configuration
 
 
 class Loop:
@@ -80,9 +80,9 @@ class Loop:
         return x
 
     def evaluate(self, calls: int | None) -> float:
-        """The bound of one batch: every one of `setting.calls` terms, or some calls per image."""
+        """The bound of one batch on `setting.calls` times: every term, or some calls per image."""
         places = torch.linspace(0, STEPS - 1, self.setting.calls).round().long()
-        times = self.times[places] if calls is None else self.times
+        times = self.times[places]
         rows = self.data[0].cpu()
         pilot = self.data[1].cpu()[:8] if len(self.data) > 1 else rows[:8]
         with self.tuning.context(self.device):

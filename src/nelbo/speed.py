@@ -20,12 +20,15 @@ def prepared(
     *,
     kernels: str = "auto",
     compiled: bool = False,
+    graphs: bool = True,
 ) -> str:
     """Make a network fast on a device, in place; a sentence that says what was done.
 
     Arguments:
         kernels: "plain", "triton", or "auto": triton where it can run, else plain, and why.
         compiled: torch.compile.
+        graphs: with compiled, on CUDA: replay the kernels of a shape as one graph. Every gradient
+            lives until the next forward call only, so a batch must not be split.
     Raises:
         InputRefused: triton was asked for and cannot run on the device.
         UsageError: no such kernels.
@@ -42,6 +45,7 @@ def prepared(
     elif kernels != "plain":
         said = f"kernels: triton in {fuse(network, device)} places"
     if compiled:
-        network.compile()
-        said += ", compiled"
+        replayed = graphs and torch.device(device).type == "cuda"
+        network.compile(mode="reduce-overhead" if replayed else None)
+        said += ", compiled, replayed as a graph" if replayed else ", compiled"
     return said

@@ -8,9 +8,10 @@ dz = dy σ(z)(1 + z (1 − σ(z))), over the n elements of a group
     dx = r [γ dz − mean(γ dz) − x̂ mean(γ dz x̂)],   r = 1/√(v + ε),
     dγ = Σ dz x̂,   dβ = Σ dz,   dshift = Σ_positions dx.
 
-Sums are float32, whatever the array is; the eager twin is `kernels.activated`. triton comes with
-CUDA builds of torch only, and is imported here alone. `Triton` is never chosen unasked: `fuse` puts
-it into a network, and says what stands in the way where it cannot.
+Sums are float32, whatever the array is, of what is left after the mean of the first position, so
+that squares do not cancel; the eager twin is `kernels.activated`. triton comes with CUDA builds of
+torch only, and is imported here alone. `Triton` is never chosen in silence: `fuse` puts it into a
+network, and says what stands in the way where it cannot.
 
 References:
     Wu, He 2018, Group normalization, eq. 1-4.
@@ -64,21 +65,21 @@ def _forward(  # type: ignore[no-untyped-def]
     extra = tl.zeros([C], tl.float32)
     if HAS_SHIFT:
         extra = tl.load(shift + row * channels + c, mask=inside, other=0.0).to(tl.float32)
-    total = tl.zeros([C], tl.float32)
+    # sums of what is left after a number close to the mean, so that squares do not cancel
+    near = tl.load(x + start + c, mask=inside, other=0.0).to(tl.float32) + extra
+    near = _spread(near, member) / PER_GROUP
+    total, square = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
     for p in range(0, positions, P):
         at = p + tl.arange(0, P)
         mask = (at < positions)[:, None] & inside[None, :]
         h = tl.load(x + start + at[:, None] * channels + c[None, :], mask=mask, other=0.0)
-        total += tl.sum(tl.where(mask, h.to(tl.float32) + extra[None, :], 0.0), axis=0)
-    mean = _spread(total, member) / count
-    square = tl.zeros([C], tl.float32)
-    for p in range(0, positions, P):
-        at = p + tl.arange(0, P)
-        mask = (at < positions)[:, None] & inside[None, :]
-        h = tl.load(x + start + at[:, None] * channels + c[None, :], mask=mask, other=0.0)
-        d = tl.where(mask, h.to(tl.float32) + (extra - mean)[None, :], 0.0)
+        d = tl.where(mask, h.to(tl.float32) + (extra - near)[None, :], 0.0)
+        total += tl.sum(d, axis=0)
         square += tl.sum(d * d, axis=0)
-    root = 1 / tl.sqrt(_spread(square, member) / count + eps)
+    rest = _spread(total, member) / count
+    mean = near + rest
+    variance = tl.maximum(_spread(square, member) / count - rest * rest, 0.0)
+    root = 1 / tl.sqrt(variance + eps)
     tl.store(means + row * channels + c, mean, mask=inside)
     tl.store(roots + row * channels + c, root, mask=inside)
     slope = tl.load(gain + c, mask=inside, other=0.0).to(tl.float32) * root
@@ -173,7 +174,7 @@ def norm_silu(
     _forward[(batch, blocks)](
         x, x if shift is None else shift.contiguous(), gain, bias, y, means, roots,
         positions, channels, positions * channels // groups, eps,
-        HAS_SHIFT=shift is not None, **sizes, num_warps=8,
+        HAS_SHIFT=shift is not None, **sizes, num_warps=4,
     )  # fmt: skip
     return y, means, roots
 
@@ -204,7 +205,7 @@ def norm_silu_backward(
     _backward[(batch, blocks)](
         x, x if shift is None else shift.contiguous(), gain, bias, means, roots, dy, dx,
         d_shift, d_gain, d_bias, positions, channels, positions * channels // groups,
-        HAS_SHIFT=shift is not None, **sizes, num_warps=8,
+        HAS_SHIFT=shift is not None, **sizes, num_warps=4,
     )  # fmt: skip
     return dx, d_shift, d_gain, d_bias
 

@@ -2,10 +2,11 @@
 
 A residual block adds to its input (through a 1x1 convolution where the number of channels changes)
     conv2(dropout(act(norm2(conv1(act(norm1 x)) + W act(e)))))
-where e is the embedded time, and act(e), the same for all blocks, is what they are given; with `scale_shift` the time enters after the second normalisation
-instead, as norm2(h)(1 + a) + b with (a, b) = W act(e) (Dhariwal and Nichol, 2021). The levels keep
-every state on the way down and concatenate it on the way up (Ronneberger et al., 2015; Ho et al.,
-2020). The names of all tensors are those of diffusers.
+where e is the embedded time (blocks are given act(e), the same for all); with `scale_shift` the
+time enters after the second normalisation instead, as norm2(h)(1 + a) + b with (a, b) = W act(e)
+(Dhariwal and Nichol, 2021). The levels keep every state on the way down and concatenate it
+on the way up (Ronneberger et al., 2015; Ho et al., 2020). The names of all tensors are those of
+diffusers.
 """
 
 from __future__ import annotations

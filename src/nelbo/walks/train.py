@@ -141,7 +141,13 @@ def trainer_of(recipe: Recipe, device: str) -> Trainer:
     """The trainer of a recipe; batches and noise are functions of (seed, step)."""
     options, dataset = recipe.options, recipe.dataset
     model = recipe.model.to(device)
-    done = prepared(model.network, device, kernels=options.kernels, compiled=options.compile)
+    done = prepared(
+        model.network,
+        device,
+        kernels=options.kernels,
+        compiled=options.compile,
+        graphs=options.accumulation == 1,
+    )
     if device != "cpu":
         console.say(done)
 
