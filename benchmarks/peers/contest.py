@@ -111,7 +111,7 @@ class Contestant:
     predict: Callable[[], Tensor]
     sample: Callable[[], Tensor]
     evaluate: Callable[[int | None], float] | None = None
-    """Network calls per image, None for every term: images measured; None if it has no bound."""
+    """Network calls per image, or None for every term on `calls` times; None: it has no bound."""
 
     @property
     def name(self) -> str:

@@ -245,7 +245,7 @@ class Triton(Kernels):
     def normalised(self, x: Tensor, norm: nn.GroupNorm, act: Act) -> Tensor:
         if x.dtype == torch.float64:
             return PLAIN.normalised(x, norm, act)
-        y, _, _ = norm_silu(x, None, norm.weight, norm.bias, norm.num_groups, norm.eps)
+        y: Tensor = norm_silu(x, None, norm.weight, norm.bias, norm.num_groups, norm.eps)[0]
         return y
 
     def timed(
@@ -256,7 +256,7 @@ class Triton(Kernels):
         assert conv.bias is not None
         h = nn.functional.conv2d(x, conv.weight, None, conv.stride, conv.padding)
         shift = time + conv.bias
-        y, _, _ = norm_silu(h, shift, norm.weight, norm.bias, norm.num_groups, norm.eps)
+        y: Tensor = norm_silu(h, shift, norm.weight, norm.bias, norm.num_groups, norm.eps)[0]
         return y
 
 
