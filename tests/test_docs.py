@@ -27,6 +27,7 @@ NAMES = (
     "interop_openai",
     "metrics",
     "games",
+    "speed",
 )
 PAGES = [DOCS / f"{name}.md" for name in NAMES]
 
