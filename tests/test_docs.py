@@ -28,6 +28,7 @@ NAMES = (
     "metrics",
     "games",
     "scaling",
+    "speed",
 )
 PAGES = [DOCS / f"{name}.md" for name in NAMES]
 
