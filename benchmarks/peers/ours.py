@@ -17,11 +17,11 @@ from nelbo.networks.unet import UNet
 from nelbo.objectives import Simple
 from nelbo.parameterizations import Epsilon
 from nelbo.processes.gaussian import Gaussian
+from nelbo.rates import Rate
 from nelbo.reverse import Reverse
 from nelbo.samplers import DDIM, sample
 from nelbo.schedules import Linear
 from nelbo.speed import prepared
-from nelbo.rates import Rate
 from nelbo.trainer import Player, Trainer
 from peers.contest import RATE, STEPS, Contestant, Setting, Tuning, images, scaled, tunings
 from peers.diffusers_loop import configuration
