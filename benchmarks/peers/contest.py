@@ -40,6 +40,8 @@ class Setting:
     """Network calls of one drawn batch."""
     draws: int
     """Images that are drawn at once."""
+    terms: int = 16
+    """Times of a full bound: all of its terms are computed for a batch."""
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -54,7 +56,9 @@ class Setting:
         return self if batch is None else replace(self, batch=batch, draws=batch)
 
 
-BIG = Setting("ddpm-cifar10", 32, 128, (1, 2, 2, 2), 2, 16, batch=256, calls=20, draws=256)
+BIG = Setting(
+    "ddpm-cifar10", 32, 128, (1, 2, 2, 2), 2, 16, batch=256, calls=20, draws=256, terms=100
+)
 SMALL = Setting("small", 32, 32, (1, 2, 2), 1, 16, batch=16, calls=4, draws=16)
 
 
@@ -66,6 +70,12 @@ class Tuning:
     bf16: bool = False
     channels_last: bool = False
     compiled: bool = False
+    batch: int | None = None
+    """Images at once, where it is not the setting's."""
+
+    def of(self, setting: Setting) -> Setting:
+        """The setting with this batch."""
+        return setting.with_batch(self.batch)
 
     def prepare(self, network: nn.Module) -> None:
         """Change a network in place."""
@@ -82,6 +92,8 @@ class Tuning:
 
 
 SHIPPED = Tuning("as shipped")
+MANY = 512
+"""A larger batch, by which some gain on a GPU."""
 WANTED: str | None = None
 """The name of the only tuning that is built; None for all."""
 
@@ -97,6 +109,8 @@ def tunings(device: str, compiled: bool) -> list[Tuning]:
         found += [Tuning("bf16", bf16=True)]
         tuned = Tuning("tuned", bf16=True, channels_last=True, compiled=True)
     every = [*found, tuned] if compiled else found
+    if device != "cpu":
+        every += [replace(every[-1], name=f"{every[-1].name}, batch {MANY}", batch=MANY)]
     return [tuning for tuning in every if WANTED in (None, tuning.name)]
 
 
@@ -106,16 +120,62 @@ class Contestant:
 
     project: str
     tuning: Tuning
+    setting: Setting
     network: nn.Module
+    through: Callable[[], Tensor]
+    """The network alone, with a gradient."""
     update: Callable[[], Any]
-    predict: Callable[[], Tensor]
     sample: Callable[[], Tensor]
     evaluate: Callable[[int | None], float] | None = None
-    """Network calls per image, or None for every term on `calls` times; None: it has no bound."""
+    """Network calls per image, or None for every term on `terms` times; None: it has no bound."""
+    resident: int = 0
+    """Bytes of the device that it takes once it is built."""
 
     @property
     def name(self) -> str:
         return f"{self.project}, {self.tuning.name}"
+
+    @torch.no_grad()
+    def predict(self) -> Tensor:
+        """A forward call."""
+        return self.through()
+
+    def backward(self) -> None:
+        """A forward and a backward call of the network, and nothing else of an update."""
+        self.network.train()
+        self.network.zero_grad(set_to_none=True)
+        self.through().float().square().mean().backward()
+
+
+def each(
+    project: str,
+    setting: Setting,
+    found: list[Tuning],
+    make: Callable[[Setting, Tuning], Contestant],
+) -> list[Contestant]:
+    """One contestant for each tuning; one that cannot be built fails at every work.
+
+    Raises:
+        Absent: the project cannot take part at all.
+    """
+    made = []
+    for tuning in found:
+        here, before = tuning.of(setting), torch.cuda.memory_allocated()
+        try:
+            one = make(here, tuning)
+            made.append(replace(one, resident=torch.cuda.memory_allocated() - before))
+        except Absent:
+            raise
+        except Exception as error:  # what cannot be built is a result
+            made.append(_broken(project, here, tuning, error))
+    return made
+
+
+def _broken(project: str, setting: Setting, tuning: Tuning, error: Exception) -> Contestant:
+    def fails() -> Any:
+        raise error
+
+    return Contestant(project, tuning, setting, nn.Identity(), fails, fails, fails)
 
 
 def images(setting: Setting, device: str, batches: int = 4) -> Tensor:

@@ -19,6 +19,7 @@ from peers.contest import (
     Contestant,
     Setting,
     Tuning,
+    each,
     images,
     scaled,
     tunings,
@@ -29,6 +30,9 @@ try:
     from diffusers.training_utils import EMAModel
 except ImportError:
     diffusers = None
+
+
+NAME = "diffusers"
 
 
 def configuration(setting: Setting) -> dict[str, Any]:
@@ -81,8 +85,7 @@ class Loop:
         self.step += 1
         return float(loss.detach())
 
-    @torch.no_grad()
-    def predict(self) -> Tensor:
+    def through(self) -> Tensor:
         x = self.tuning.images(scaled(self.data[0]))
         t = torch.full((len(x),), 500, device=self.device)
         with self.tuning.context(self.device):
@@ -110,11 +113,9 @@ def contestants(setting: Setting, device: str, compiled: bool) -> list[Contestan
     """
     if diffusers is None:
         raise Absent("diffusers is not installed")
-    data = images(setting, device)
-    found = []
-    for tuning in tunings(device, compiled):
-        loop = Loop(setting, tuning, device, data)
-        found.append(
-            Contestant("diffusers", tuning, loop.network, loop.update, loop.predict, loop.sample)
-        )
-    return found
+
+    def make(here: Setting, tuning: Tuning) -> Contestant:
+        loop = Loop(here, tuning, device, images(here, device))
+        return Contestant(NAME, tuning, here, loop.network, loop.through, loop.update, loop.sample)
+
+    return each(NAME, setting, tunings(device, compiled), make)

@@ -20,10 +20,13 @@ from peers.contest import (
     Contestant,
     Setting,
     Tuning,
+    each,
     images,
     scaled,
     tunings,
 )
+
+NAME = "improved-diffusion"
 
 
 class Loop:
@@ -47,6 +50,9 @@ class Loop:
         make: Any = script_util.create_gaussian_diffusion
         self.diffusion = make(steps=STEPS, noise_schedule="linear")
         spacing = f"ddim{setting.calls}"
+        self.bounded = make(
+            steps=STEPS, noise_schedule="linear", timestep_respacing=str(setting.terms)
+        )
         self.spaced = make(steps=STEPS, noise_schedule="linear", timestep_respacing=spacing)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=RATE)
         self.average = [p.detach().clone() for p in self.network.parameters()]
@@ -66,8 +72,7 @@ class Loop:
         self.step += 1
         return float(loss.detach())
 
-    @torch.no_grad()
-    def predict(self) -> Tensor:
+    def through(self) -> Tensor:
         x = self.tuning.images(scaled(self.data[0]))
         t = torch.full((len(x),), 500, device=self.device)
         with self.tuning.context(self.device):
@@ -84,11 +89,11 @@ class Loop:
 
     @torch.no_grad()
     def evaluate(self, calls: int | None) -> float:
-        """The bound of one batch on `setting.calls` times, by respacing; it has no fewer calls."""
+        """The bound of one batch on `setting.terms` times, by respacing; it has no fewer calls."""
         assert calls is None
         x = scaled(self.data[0])
         with self.tuning.context(self.device):
-            self.spaced.calc_bpd_loop(self.network, x, clip_denoised=True)
+            self.bounded.calc_bpd_loop(self.network, x, clip_denoised=True)
         return float(len(x))
 
 
@@ -103,15 +108,15 @@ def contestants(
     if path is None:
         raise Absent("improved-diffusion takes part with --improved-diffusion PATH")
     sys.path.insert(0, str(path))
-    data = images(setting, device)
-    found = []
-    for tuning in tunings(device, compiled):
+
+    def make(here: Setting, tuning: Tuning) -> Contestant:
         try:
-            loop = Loop(setting, tuning, device, data)
+            loop = Loop(here, tuning, device, images(here, device))
         except ImportError as error:
             raise Absent(f"{path} does not hold improved-diffusion: {error}") from error
-        found.append(
-            Contestant("improved-diffusion", tuning, loop.network, loop.update, loop.predict,
-                       loop.sample, loop.evaluate)
+        return Contestant(
+            NAME, tuning, here, loop.network, loop.through, loop.update, loop.sample,
+            loop.evaluate,
         )  # fmt: skip
-    return found
+
+    return each(NAME, setting, tunings(device, compiled), make)

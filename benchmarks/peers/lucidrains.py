@@ -22,7 +22,9 @@ from unittest.mock import MagicMock
 import torch
 from torch import Tensor, nn
 
-from peers.contest import RATE, STEPS, Absent, Contestant, Setting, Tuning, images, tunings
+from peers.contest import RATE, STEPS, Absent, Contestant, Setting, Tuning, each, images, tunings
+
+NAME = "denoising-diffusion-pytorch"
 
 
 def _imported() -> Any:
@@ -85,8 +87,7 @@ class Loop:
         self.step += 1
         return float(loss.detach())
 
-    @torch.no_grad()
-    def predict(self) -> Tensor:
+    def through(self) -> Tensor:
         x = self.tuning.images(self.data[0].float() / 127.5 - 1)
         t = torch.full((len(x),), 500, device=self.device)
         with self.tuning.context(self.device):
@@ -109,12 +110,9 @@ def contestants(setting: Setting, device: str, compiled: bool) -> list[Contestan
     """
     project = _imported()
     project.tqdm = lambda iterable, **_: iterable
-    data = images(setting, device)
-    name = "denoising-diffusion-pytorch"
-    found = []
-    for tuning in tunings(device, compiled):
-        loop = Loop(project, setting, tuning, device, data)
-        found.append(
-            Contestant(name, tuning, loop.network, loop.update, loop.predict, loop.sample)
-        )
-    return found
+
+    def make(here: Setting, tuning: Tuning) -> Contestant:
+        loop = Loop(project, here, tuning, device, images(here, device))
+        return Contestant(NAME, tuning, here, loop.network, loop.through, loop.update, loop.sample)
+
+    return each(NAME, setting, tunings(device, compiled), make)

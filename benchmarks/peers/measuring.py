@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +15,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from peers.contest import Contestant
+
+TIMES = {"training": 3, "forward and backward": 3, "forward": 1}
+"""Operations of a work, in those of a forward call."""
 
 
 @dataclass(frozen=True)
@@ -35,19 +40,21 @@ class Measured:
     """The same per second of processor, of all threads together."""
     peak: int = 0
     """Bytes of the device at most, on a GPU."""
+    ready: float | None = None
+    """Seconds of three calls that warm up: compilation, choice of algorithms."""
     failed: str | None = None
 
     def json(self, flops: dict[str, float], top: Ceiling) -> dict[str, Any]:
         """A row of the document."""
         median = statistics.median(self.rates) if self.rates else None
-        each = flops[self.one.name]
-        share = None
-        if median is not None and self.work in ("training", "forward"):
-            share = median * each * (3 if self.work == "training" else 1) / (top.tflops * 1e12)
+        each, share = flops[self.one.name], None
+        if median is not None and self.work in TIMES:
+            share = median * each * TIMES[self.work] / (top.tflops * 1e12)
         return {
             "work": self.work,
             "project": self.one.project,
             "tuning": self.one.tuning.name,
+            "batch": self.one.setting.batch,
             "parameters": sum(p.numel() for p in self.one.network.parameters()),
             "gflop_per_image": each / 1e9,
             "rates": self.rates,
@@ -55,8 +62,13 @@ class Measured:
             "processor_rates": self.processor,
             "share_of_ceiling": share,
             "peak_bytes": self.peak or None,
+            "seconds_to_warm_up": self.ready,
             "failed": self.failed,
         }
+
+
+Turn = tuple[str, Contestant]
+"""A kind of work, and who does it."""
 
 
 def synchronised(device: str) -> None:
@@ -80,65 +92,105 @@ def ceiling(device: str) -> Ceiling:
 
 
 def flops(one: Contestant) -> float:
-    """Floating-point operations of a forward call on a batch, of products and convolutions."""
+    """Floating-point operations of a forward call on an image, of products and convolutions.
+
+    0 of a network that cannot be called.
+    """
     original = one.network._compiled_call_impl
     one.network._compiled_call_impl = None
-    with FlopCounterMode(display=False) as counter:
-        one.predict()
-    one.network._compiled_call_impl = original
-    return float(counter.get_total_flops())
+    try:
+        with FlopCounterMode(display=False) as counter:
+            one.predict()
+    except Exception:  # every work will say what is wrong
+        return 0.0
+    finally:
+        one.network._compiled_call_impl = original
+    return float(counter.get_total_flops()) / one.setting.batch
+
+
+@contextmanager
+def patience(seconds: float) -> Iterator[None]:
+    """Give up on what is inside after some seconds, as soon as Python runs again.
+
+    Raises:
+        TimeoutError: they are over.
+    """
+
+    def over(number: int, frame: Any) -> None:
+        raise TimeoutError(f"not ready after {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def rounds(
-    work: str,
-    turns: dict[Contestant, tuple[Callable[[], Any], float]],
+    turns: dict[Turn, tuple[Callable[[], Any], float]],
     device: str,
     count: int,
     seconds: float,
+    wait: float = 600.0,
 ) -> list[Measured]:
-    """`count` turns of every contestant, after one that warms up (and compiles).
+    """`count` turns of every contestant at every work, after one that warms up (and compiles).
 
     Arguments:
         turns: what to call, and how many images one call does.
+        wait: seconds to warm up.
     """
-    found = {one: Measured(work, one) for one in turns}
-    for one, (call, _) in turns.items():
-        found[one].failed, found[one].peak = _warmed(call, device)
-        if found[one].failed:
-            print(f"{work}: {one.name} fails: {found[one].failed}", file=sys.stderr)
-    able = [one for one in turns if not found[one].failed]
+    found = {turn: Measured(*turn) for turn in turns}
+    for turn, (call, _) in turns.items():
+        _tried(found[turn], lambda turn=turn, call=call: _warm(found[turn], call, device, wait))
     for number in range(count):
-        for one in able[number % len(able) :] + able[: number % len(able)] if able else []:
-            rate, processor = _turn(*turns[one], device, seconds)
-            found[one].rates.append(rate)
-            found[one].processor.append(processor)
-        print(f"{work}: round {number + 1} of {count}", file=sys.stderr)
+        able = [turn for turn in turns if not found[turn].failed]
+        for turn in able[number % len(able) :] + able[: number % len(able)] if able else []:
+            _tried(
+                found[turn], lambda turn=turn: _round(found[turn], turns[turn], device, seconds)
+            )
+        print(f"round {number + 1} of {count}", file=sys.stderr)
     return list(found.values())
 
 
-def _warmed(call: Callable[[], Any], device: str) -> tuple[str | None, int]:
+def _tried(found: Measured, work: Callable[[], None]) -> None:
+    """Who fails is named, has no rates, and takes no further turns."""
     try:
+        work()
+    except Exception as error:  # a peer that does not run is a result
+        said = str(error).splitlines()[0] if str(error) else ""
+        found.failed = f"{type(error).__name__}: {said}"
+        found.rates, found.processor = [], []
+        print(f"{found.work}: {found.one.name} fails: {found.failed}", file=sys.stderr)
+
+
+def _warm(found: Measured, call: Callable[[], Any], device: str, wait: float) -> None:
+    start, before = time.perf_counter(), torch.cuda.memory_allocated()
+    with patience(wait):
         for number in range(3):
             if number == 2 and device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             call()
         synchronised(device)
-    except Exception as error:  # a peer that does not run is a result
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", 0
-    return None, torch.cuda.max_memory_allocated() if device == "cuda" else 0
+    found.ready = time.perf_counter() - start
+    if device == "cuda":  # what the others hold is not its own
+        found.peak = torch.cuda.max_memory_allocated() - before + found.one.resident
 
 
-def _turn(
-    call: Callable[[], Any], images: float, device: str, seconds: float
-) -> tuple[float, float]:
+def _round(
+    found: Measured, turn: tuple[Callable[[], Any], float], device: str, seconds: float
+) -> None:
+    call, images = turn
     calls = 0
     synchronised(device)
     start, processor = time.perf_counter(), time.process_time()
-    while time.perf_counter() - start < seconds:
+    while not calls or time.perf_counter() - start < seconds:
         call()
         calls += 1
         if calls % 4 == 0:
             synchronised(device)
     synchronised(device)
     done = calls * images
-    return done / (time.perf_counter() - start), done / (time.process_time() - processor)
+    found.rates.append(done / (time.perf_counter() - start))
+    found.processor.append(done / (time.process_time() - processor))

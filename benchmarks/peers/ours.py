@@ -23,8 +23,10 @@ from nelbo.samplers import DDIM, sample
 from nelbo.schedules import Linear
 from nelbo.speed import prepared
 from nelbo.trainer import Player, Trainer
-from peers.contest import RATE, STEPS, Contestant, Setting, Tuning, images, scaled, tunings
+from peers.contest import RATE, STEPS, Contestant, Setting, Tuning, each, images, scaled, tunings
 from peers.diffusers_loop import configuration
+
+NAME = "nelbo"
 
 
 class Loop:
@@ -61,8 +63,7 @@ class Loop:
     def update(self) -> float:
         return self.trainer.update().losses["model"]
 
-    @torch.no_grad()
-    def predict(self) -> Tensor:
+    def through(self) -> Tensor:
         x = scaled(self.data[0])
         t = torch.full((len(x),), 500.0, device=self.device)
         with self.tuning.context(self.device):
@@ -81,8 +82,8 @@ class Loop:
         return x
 
     def evaluate(self, calls: int | None) -> float:
-        """The bound of one batch on `setting.calls` times: every term, or some calls per image."""
-        places = torch.linspace(0, STEPS - 1, self.setting.calls).round().long()
+        """The bound of one batch on `setting.terms` times: every term, or some calls per image."""
+        places = torch.linspace(0, STEPS - 1, self.setting.terms).round().long()
         times = self.times[places]
         rows = self.data[0].cpu()
         pilot = self.data[1].cpu()[:8] if len(self.data) > 1 else rows[:8]
@@ -95,16 +96,14 @@ class Loop:
 
 
 def contestants(setting: Setting, device: str, compiled: bool) -> list[Contestant]:
-    """Every tuning."""
-    data = images(setting, device)
-    found = []
-    for tuning in tunings(device, compiled):
-        # it keeps its images channels-last by itself
-        if tuning.name == "channels-last":
-            continue
-        loop = Loop(setting, tuning, device, data)
-        found.append(
-            Contestant("nelbo", tuning, loop.network, loop.update, loop.predict, loop.sample,
-                       loop.evaluate)
+    """Every tuning; it keeps its images channels-last by itself."""
+
+    def make(here: Setting, tuning: Tuning) -> Contestant:
+        loop = Loop(here, tuning, device, images(here, device))
+        return Contestant(
+            NAME, tuning, here, loop.network, loop.through, loop.update, loop.sample,
+            loop.evaluate,
         )  # fmt: skip
-    return found
+
+    own = [t for t in tunings(device, compiled) if t.name != "channels-last"]
+    return each(NAME, setting, own, make)
