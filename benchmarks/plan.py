@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from marked import between
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -303,19 +304,6 @@ def table(cluster: Cluster, found: list[Plan]) -> str:
     for name in columns[0]:
         lines.append(f"| {name} | " + " | ".join(c[name] for c in columns) + " |")
     return "\n".join(lines)
-
-
-def between(text: str, name: str, inside: str) -> str:
-    """A page with what stands between the marks of this name replaced.
-
-    Raises:
-        ValueError: the page has no such marks.
-    """
-    first, last = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-    if text.count(first) != 1 or text.count(last) != 1:
-        raise ValueError(f"the page needs the marks {first.strip()} and {last} once each")
-    before, rest = text.split(first)
-    return f"{before}{first}{inside.strip()}\n{last}{rest.split(last)[1]}"
 
 
 def main(given: list[str] | None = None) -> None:

@@ -21,6 +21,7 @@ seconds, is a result.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -35,7 +36,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("KMP_BLOCKTIME", "0")
 
 import torch  # noqa: E402
-from peers import diffusers_loop, improved, lucidrains, ours  # noqa: E402
 from peers.contest import BIG, SMALL, Absent, Contestant, Setting  # noqa: E402
 from peers.measuring import Ceiling, ceiling, flops, rounds  # noqa: E402
 from peers.starting import START, first_steps  # noqa: E402
@@ -47,6 +47,13 @@ WORKS = {
     "sampling": ("sampling",),
 }
 """What is measured in turns together, as a piece, since one is compared to the other."""
+PROJECTS = {
+    "nelbo": "ours",
+    "diffusers": "diffusers_loop",
+    "denoising-diffusion-pytorch": "lucidrains",
+    "improved-diffusion": "improved",
+}
+"""Names, and the modules of `peers` that make them take part."""
 SCHEMA = 2
 
 
@@ -54,20 +61,15 @@ def entered(
     options: argparse.Namespace, setting: Setting, device: str
 ) -> tuple[list[Contestant], dict[str, str]]:
     """Everyone who can take part, and why others cannot."""
-    compiled = options.compiled
-    path = options.improved_diffusion
-    makers = {
-        ours.NAME: lambda: ours.contestants(setting, device, compiled),
-        diffusers_loop.NAME: lambda: diffusers_loop.contestants(setting, device, compiled),
-        lucidrains.NAME: lambda: lucidrains.contestants(setting, device, compiled),
-        improved.NAME: lambda: improved.contestants(setting, device, compiled, path),
-    }
     found, absent = [], {}
-    for name, make in makers.items():
+    for name, module in PROJECTS.items():
         if options.only and name not in options.only:
             continue
         try:
-            found += make()
+            # imported one by one: the start of one must not pay for the others
+            peer = importlib.import_module(f"peers.{module}")
+            more = (options.improved_diffusion,) if module == "improved" else ()
+            found += peer.contestants(setting, device, options.compiled, *more)
         except Absent as reason:
             absent[name] = str(reason)
             print(f"skipped: {name} ({reason})", file=sys.stderr)
@@ -86,11 +88,11 @@ def work(name: str, one: Contestant) -> tuple[Any, float] | None:
     if name in plain:
         return plain[name]
     # by few calls: nobody else has it
-    if one.evaluate is None or (name != "full bound" and one.project != ours.NAME):
+    if one.evaluate is None or (name != "full bound" and one.project != "nelbo"):
         return None
     evaluate, calls = one.evaluate, None if name == "full bound" else 2
     count = one.setting.terms if calls is None else calls
-    if name == "full bound" and one.project == ours.NAME:
+    if name == "full bound" and one.project == "nelbo":
         count += 1  # one term more, drawn twice, from which the error of the noise follows
     return (lambda: evaluate(calls)), batch * count
 

@@ -178,6 +178,23 @@ def _broken(project: str, setting: Setting, tuning: Tuning, error: Exception) ->
     return Contestant(project, tuning, setting, nn.Identity(), fails, fails, fails)
 
 
+def configuration(setting: Setting) -> dict[str, Any]:
+    """Keys of `UNet2DModel` for the network of Ho et al. (2020)."""
+    kinds = ["AttnDownBlock2D" if a else "DownBlock2D" for a in setting.attends]
+    return {
+        "sample_size": setting.size,
+        "block_out_channels": list(setting.widths),
+        "down_block_types": kinds,
+        "up_block_types": [kind.replace("Down", "Up") for kind in kinds[::-1]],
+        "layers_per_block": setting.layers,
+        "downsample_padding": 0,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "norm_eps": 1e-6,
+        "attention_head_dim": None,
+    }
+
+
 def images(setting: Setting, device: str, batches: int = 4) -> Tensor:
     """(batches, B, 3, size, size) uint8 noise: what it shows does not matter to a clock."""
     draw = torch.Generator().manual_seed(0)

@@ -6,8 +6,6 @@ and `EMAModel.step`, in the order of examples/unconditional_image_generation. Sa
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +17,7 @@ from peers.contest import (
     Contestant,
     Setting,
     Tuning,
+    configuration,
     each,
     images,
     scaled,
@@ -33,23 +32,6 @@ except ImportError:
 
 
 NAME = "diffusers"
-
-
-def configuration(setting: Setting) -> dict[str, Any]:
-    """Keys of `UNet2DModel` for the network of Ho et al. (2020)."""
-    kinds = ["AttnDownBlock2D" if a else "DownBlock2D" for a in setting.attends]
-    return {
-        "sample_size": setting.size,
-        "block_out_channels": list(setting.widths),
-        "down_block_types": kinds,
-        "up_block_types": [kind.replace("Down", "Up") for kind in kinds[::-1]],
-        "layers_per_block": setting.layers,
-        "downsample_padding": 0,
-        "flip_sin_to_cos": False,
-        "freq_shift": 1,
-        "norm_eps": 1e-6,
-        "attention_head_dim": None,
-    }
 
 
 class Loop:

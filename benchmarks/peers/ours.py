@@ -23,8 +23,18 @@ from nelbo.samplers import DDIM, sample
 from nelbo.schedules import Linear
 from nelbo.speed import prepared
 from nelbo.trainer import Player, Trainer
-from peers.contest import RATE, STEPS, Contestant, Setting, Tuning, each, images, scaled, tunings
-from peers.diffusers_loop import configuration
+from peers.contest import (
+    RATE,
+    STEPS,
+    Contestant,
+    Setting,
+    Tuning,
+    configuration,
+    each,
+    images,
+    scaled,
+    tunings,
+)
 
 NAME = "nelbo"
 
