@@ -12,7 +12,9 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import costs  # noqa: E402
 import plan  # noqa: E402
+from marked import between  # noqa: E402
 
 from nelbo import distributed  # noqa: E402
 from nelbo.checkpoint import load, save  # noqa: E402
@@ -38,7 +40,7 @@ def test_a_checkpoint_is_as_large_as_it_says(trainer: Trainer, tmp_path: Path) -
     save(tmp_path / "c", trainer.state_dict(), {})
     tensors = load(tmp_path / "c").tensors
     written = sum(t.numel() * t.element_size() for g in tensors.values() for t in g.values())
-    assert written == plan.checkpoint_bytes(count, len(parameters))
+    assert written == costs.checkpoint_bytes(count, len(parameters))
     on_disk = sum(f.stat().st_size for f in (tmp_path / "c").iterdir())
     headers = on_disk - written
     assert 0 < headers < 1000 * 4 * len(parameters)
@@ -56,7 +58,7 @@ def test_a_rank_holds_what_it_says(trainer: Trainer) -> None:
     gradients = [p.grad for p in parameters if p.grad is not None]
     held = [*parameters, *average, *moments, *gradients]
     count = sum(p.numel() for p in parameters)
-    assert sum(t.numel() * t.element_size() for t in held) == plan.state_bytes(count)
+    assert sum(t.numel() * t.element_size() for t in held) == costs.state_bytes(count)
 
 
 @pytest.mark.parametrize("bucket", [1000, 10_000, 1 << 24])
@@ -70,15 +72,15 @@ def test_collectives_are_those_of_the_sum(
         sent.append(flat.numel() * flat.element_size())
         return flat
 
-    for module in (distributed, plan):
+    for module in (distributed, costs):
         monkeypatch.setattr(module, "BUCKET", bucket)
     monkeypatch.setattr(distributed, "world_size", lambda: 64)
     monkeypatch.setattr(distributed, "total", total)
     gradients = [torch.zeros_like(p) for p in trainer.players[0].module.parameters()]
     distributed.total_of(gradients)
     sizes = [g.numel() for g in gradients]
-    assert len(sent) == plan.buckets(sizes)
-    assert 2 * 63 / 64 * sum(sent) == plan.summed_bytes(sum(sizes), 64)
+    assert len(sent) == costs.buckets(sizes)
+    assert 2 * 63 / 64 * sum(sent) == costs.summed_bytes(sum(sizes), 64)
 
 
 def test_what_is_counted_on_a_network_without_numbers() -> None:
@@ -92,7 +94,7 @@ def test_what_is_counted_on_a_network_without_numbers() -> None:
         def forward(self, x: torch.Tensor, t: torch.Tensor) -> Any:
             return self.conv(x).relu()
 
-    found = plan.counted("tiny", Tiny(), 4, 2)
+    found = costs.counted("tiny", Tiny(), 4, 2)
     assert (found.parameters, found.tensors, found.flops) == (12, 2, 2 * 9 * 16)
     assert found.kept == 2 * 4 * 3 * 16  # the input, and the output of which relu keeps the sign
 
@@ -105,16 +107,27 @@ def test_the_networks_of_the_plan() -> None:
 
 def test_ranks_cost_and_larger_batches_hide_it() -> None:
     small, larger, _ = plan.plans()
-    alone = plan.Cost(small, plan.Cluster(nodes=1, gpus=1), small)
+    alone = costs.Cost(small, costs.Cluster(nodes=1, gpus=1), small)
     assert alone.sum_seconds == alone.agreement == 0
-    assert alone.together == pytest.approx(plan.Cluster.rate)
-    share = [c.update / c.whole for c in (plan.Cost(p, plan.Cluster(), small)
+    assert alone.together == pytest.approx(costs.Cluster.rate)
+    share = [c.update / c.whole for c in (costs.Cost(p, costs.Cluster(), small)
                                           for p in (small, larger))]  # fmt: skip
     assert share[0] < share[1] < 1
 
 
+def test_evaluation_deals_whole_batches() -> None:
+    """10,000 images are 20 batches: 64 ranks need as long as 20, and 3 ranks 7 of them."""
+    small = plan.plans()[0]
+    one = 512 * 1000 / costs.Cluster.forward
+    for nodes, gpus, batches in ((8, 8, 1), (5, 4, 1), (1, 3, 7)):
+        cost = costs.Cost(small, costs.Cluster(nodes=nodes, gpus=gpus), small)
+        assert cost.evaluation(10_000, 1000) == pytest.approx(batches * one)
+    alone = costs.Cost(small, costs.Cluster(nodes=1, gpus=1), small)
+    assert alone.evaluation(10_000, 1000) == pytest.approx(1e7 / costs.Cluster.forward)
+
+
 def test_the_page_holds_the_table_that_is_computed() -> None:
     text = plan.PAGE.read_text()
-    assert plan.between(text, "plan", plan.table(plan.Cluster(), plan.plans())) == text
+    assert between(text, "plan", plan.table(costs.Cluster(), plan.plans())) == text
     with pytest.raises(ValueError, match="needs the marks"):
-        plan.between("no marks", "plan", "")
+        between("no marks", "plan", "")
