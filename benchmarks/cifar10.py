@@ -11,7 +11,9 @@ what came before the first one (reading, compiling), stand in the document besid
 Everything else is the command line of nelbo; the commands and their documents are in
 OUT/cifar10.json. What is there already is not done again: the same command goes on where one that
 was stopped left off, and --stages does a part of it. `--tiny` takes a network that a CPU can bear,
-to try the script out, --more adds options of `nelbo train cifar10`.
+to try the script out, --more adds options of `nelbo train cifar10`. With --rank it trains a list
+of variants of the recipe instead, --seconds 60 each say, and measures them on the validation part,
+so that the choice is made where the test images are not looked at.
 
 Reference points on one H200, of improved-diffusion's network of 52.5 M parameters, bfloat16,
 compiled, 256 test images: L_hybrid with the cosine schedule and T = 1000 gives 3.51 bits/dim after
@@ -22,6 +24,8 @@ published figure after 500,000 updates is 2.94 (Nichol & Dhariwal 2021).
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import platform
 import shutil
@@ -39,14 +43,30 @@ SHORT = 600.0
 """Seconds up to which the recipe for a short time is taken."""
 LONG_RECIPE = (
     "--channels 128 --multipliers 1 2 2 2 --layers 3 --attention 16 8 --dropout 0.1 "
-    "--batch 256 --rate 4e-4 --warmup 500 --ema 0.9995 --bf16 --compile"
+    "--predict velocity --batch 256 --rate 4e-4 --warmup 500 --ema 0.9995 --bf16 --compile"
 )
 SHORT_RECIPE = (
-    "--channels 128 --multipliers 1 2 2 2 --layers 2 --attention 16 --dropout 0 "
-    "--batch 128 --rate 1e-3 --warmup 300 --ema 0.998 --bf16 --compile"
+    "--channels 128 --multipliers 1 2 2 2 --layers 2 --attention 16 --dropout 0 --samples 4 "
+    "--schedule learned --predict epsilon --latents 4000 --batch 128 --rate 1e-3 --warmup 300 "
+    "--ema 0.998 --bf16 --compile"
 )
-"""No dropout in some forty epochs, an average over a thousand updates, and twice as many updates
-of half the batch."""
+"""No dropout in some forty epochs, an average over hundreds of updates, and twice as many updates
+of half the batch. A learned log-SNR won a comparison of small networks (docs/speed.md). A grid of
+N latents costs about 20/N bits/dim more than a continuum of them, and few calls do not become more
+with N."""
+VARIANTS = {
+    "the recipe": "",
+    "log-SNR fixed": "--schedule logsnr",
+    "log-SNR fixed, from 11": "--schedule logsnr --logsnr-max 11",
+    "log-SNR fixed, from 10": "--schedule logsnr --logsnr-max 10",
+    "velocity": "--predict velocity",
+    "rate 5e-4": "--rate 5e-4",
+    "rate 2e-3": "--rate 2e-3",
+    "batch 256": "--batch 256",
+    "96 channels": "--channels 96",
+    "three blocks, attention at 8x8 as well": "--layers 3 --attention 16 8",
+}
+"""What --rank trains one after the other, --seconds each, and measures on validation images."""
 TINY = (
     "--channels 8 --multipliers 1 2 --layers 1 --attention 8 --dropout 0 --batch 16 --ema 0.99 "
     "--latents 100 --samples 2"
@@ -58,7 +78,7 @@ BOUND = (
 MEASURES = (
     ("one call per image", "--calls 1"),
     ("sixteen calls per image", "--calls 16"),
-    ("every step, 256 images", "--limit 256"),
+    ("every step, 64 images", "--limit 64"),
 )
 TINY_MEASURES = (("one call per image", "--calls 1"),)
 STEPS = "--steps 10,25,50,100 --grid both --variance posterior,optimal --fit 128 --limit 256"
@@ -154,12 +174,30 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/cifar10-timed"))
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--more", default="", help="further options, as one word in quotes")
+    parser.add_argument("--rank", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     return parser.parse_args(given)
 
 
+def rank(given: list[str], options: argparse.Namespace) -> None:
+    """Train every variant of the recipe as long, and print their bounds of validation images."""
+    print(f"{'variant':42s} bits/dim     ± se   updates/s")
+    for number, (name, more) in enumerate(VARIANTS.items()):
+        out = options.out.with_name(f"{options.out.name}-{number}")
+        words = [*given, "--out", str(out), "--more", f"{more} {options.more}"]
+        with contextlib.redirect_stdout(io.StringIO()):
+            main([*words, "--stages", "probe", "train", "--no-rank"])
+        document = json.loads(out.with_name(f"{out.name}.json").read_text())
+        found = nelbo(f"evaluate {out} --calls 4 --seed 1 --split validation")
+        total, rate = found["document"]["terms"]["total"], document["rate"]
+        print(f"{name:42s} {total['mean']:8.4f}  {total['se']:7.4f}  {rate:9.2f}", flush=True)
+
+
 def main(given: list[str] | None = None) -> None:
     options = arguments(given)
+    if options.rank:
+        rank(sys.argv[1:] if given is None else given, options)
+        return
     seconds = options.seconds or 60 * options.minutes
     network = TINY if options.tiny else SHORT_RECIPE if seconds <= SHORT else LONG_RECIPE
     recipe = f"train cifar10 {options.data} {network} {BOUND} {options.more}".rstrip()

@@ -151,6 +151,21 @@ def machine(document: Document) -> str:
     )
 
 
+def overhead(found: Document) -> str:
+    """The share of an update that is not its network, in each way of making updates."""
+    rows = found["milliseconds"]
+    network = rows["network alone"]["median"]
+    shares = [
+        f"{name} {1 - network / row['median']:.1%}"
+        for name, row in rows.items()
+        if name != "network alone" and "median" in row
+    ]
+    return (
+        f"Of an update not the network ({network:.1f} ms; benchmarks/overheads.py): "
+        f"{', '.join(shares)}. Aim 10 % at most."
+    )
+
+
 def bits(total: Document, times: Document) -> str:
     """The figure of CIFAR-10 and what it cost."""
     updates, before = times["seconds_of_updates"], times["seconds_before"]
@@ -171,6 +186,8 @@ def gpu_table(read: dict[str, Document]) -> str:
         return NOTHING
     speed = read["speed"]
     lines = [machine(speed), "", *speed_table(speed, "rates")]
+    if "median" in read.get("overheads", {}).get("milliseconds", {}).get("network alone", {}):
+        lines += ["", overhead(read["overheads"])]
     measured = read.get("cifar10-270", {}).get("measured", {}).get("sixteen calls per image")
     if measured:
         times = read["cifar10-270"]["run"]["times"]

@@ -81,7 +81,7 @@ def pieces(gpu: bool, folder: Path, improved: Path | None, cifar10: Path | None)
         benched("start", "speed.py", f"{speed} --works 'first update'"),
         benched("starts", "starts.py", f"--out {folder}/starts.json", 300),
         benched("normalisation", "normalisation.py", f"--out {folder}/normalisation.json"),
-        benched("overheads", "overheads.py", f"--out {folder}/overheads.json"),
+        benched("overheads", "overheads.py", f"--compile --out {folder}/overheads.json"),
         benched("loader", "loader.py", f"--out {folder}/loader.json"),
         Piece("gpu tests", ("-m", "pytest", "-m", "gpu", "-n", "0", "-q", str(HERE.parent))),
     ]
