@@ -6,7 +6,11 @@ import statistics
 from typing import Any
 
 Document = dict[str, Any]
-AIMS = {"training": "8,000; 1.4", "forward": "30,000; 1.4"}
+AIMS = {
+    "rates": {"training": "8,000; 1.4", "forward": "30,000; 1.4"},
+    "processor_rates": {"training": "1.3", "sampling": "1.3"},
+}
+"""Images per second and ratio, on a GPU; the ratio on a CPU."""
 BITS = "3.10; peers 3.51 (L_hybrid), 3.28 (continuous time)"
 NOTHING = "| not measured yet |\n|---|"
 
@@ -68,7 +72,29 @@ def work_row(document: Document, work: str, tunings: list[str], key: str) -> str
         told = f"{found[peer]['value']:,.0f} ({', '.join(peer)})"
         over = ratio(document, work, mine[1], ", ".join(peer), key) if mine else ""
     unit = "calls/s" if "bound" in work else "images/s"
-    return f"| {work}, {unit} | {' | '.join(cells)} | {told} | {over} | {AIMS.get(work, '')} |"
+    return (
+        f"| {work}, {unit} | {' | '.join(cells)} | {told} | {over} | {AIMS[key].get(work, '')} |"
+    )
+
+
+def peers_table(document: Document, key: str) -> list[str]:
+    """The fastest tuning of nelbo over the fastest of each peer."""
+    works = ("training", "forward", "sampling")
+    lines = [f"| nelbo over | {' | '.join(works)} |", "|---" * (len(works) + 1) + "|"]
+    projects = sorted(
+        {row["project"] for piece in document["pieces"] for row in piece.get("rows", [])}
+        - {"nelbo"}
+    )
+    for project in projects:
+        cells = []
+        for work in works:
+            found = rates(document, work, key)
+            mine = best(found, True)
+            peer = best({name: row for name, row in found.items() if name[0] == project}, False)
+            value = ratio(document, work, mine[1], ", ".join(peer), key) if mine and peer else ""
+            cells.append(f"{value} {mine[1]} over {peer[1]}" if mine and peer else "")
+        lines.append(f"| {project} | {' | '.join(cells)} |")
+    return lines
 
 
 def field_row(document: Document, title: str, field: str, tunings: list[str], aim: str) -> str:
@@ -185,7 +211,7 @@ def gpu_table(read: dict[str, Document]) -> str:
     if not read.get("speed", {}).get("pieces"):
         return NOTHING
     speed = read["speed"]
-    lines = [machine(speed), "", *speed_table(speed, "rates")]
+    lines = [machine(speed), "", *speed_table(speed, "rates"), "", *peers_table(speed, "rates")]
     if "median" in read.get("overheads", {}).get("milliseconds", {}).get("network alone", {}):
         lines += ["", overhead(read["overheads"])]
     measured = read.get("cifar10-270", {}).get("measured", {}).get("sixteen calls per image")
@@ -205,8 +231,9 @@ def cpu_table(read: dict[str, Document]) -> str:
     if read.get("speed", {}).get("pieces"):
         speed = read["speed"]
         lines = [machine(speed) + " Per second of processor.", "",
-                 *speed_table(speed, "processor_rates"),
-                 "", *(f"- {line}" for line in failures(speed))]  # fmt: skip
+                 *speed_table(speed, "processor_rates"), "",
+                 *peers_table(speed, "processor_rates"), "",
+                 *(f"- {line}" for line in failures(speed))]  # fmt: skip
     if "starts" in read:
         lines += ["", "| start | seconds on the clock | of processor |", "|---|---|---|"]
         for name, one in read["starts"]["starts"].items():

@@ -37,7 +37,7 @@ os.environ.setdefault("KMP_BLOCKTIME", "0")
 
 import torch  # noqa: E402
 from peers.contest import BIG, SMALL, Absent, Contestant, Setting  # noqa: E402
-from peers.measuring import Ceiling, ceiling, flops, rounds  # noqa: E402
+from peers.measuring import Ceiling, Doing, ceiling, flops, rounds  # noqa: E402
 from peers.starting import START, first_steps  # noqa: E402
 from peers.tables import ratios, shares, text  # noqa: E402
 
@@ -54,6 +54,8 @@ PROJECTS = {
     "improved-diffusion": "improved",
 }
 """Names, and the modules of `peers` that make them take part."""
+FEW = 4
+"""Network calls per image of a bound by few calls."""
 SCHEMA = 2
 
 
@@ -76,25 +78,22 @@ def entered(
     return found, absent
 
 
-def work(name: str, one: Contestant) -> tuple[Any, float] | None:
-    """What is called, and how many images (or calls of the network) one call does."""
-    batch = one.setting.batch
-    plain = {
+def work(name: str, one: Contestant) -> Doing | None:
+    """What is called, and how many images one call does."""
+    batch = float(one.setting.batch)
+    plain: dict[str, Doing] = {
         "training": (one.update, batch),
         "forward and backward": (one.backward, batch),
         "forward": (one.predict, batch),
-        "sampling": (one.sample, one.setting.draws),
+        "sampling": (one.sample, float(one.setting.draws)),
     }
     if name in plain:
         return plain[name]
+    evaluate, full = one.evaluate, name == "full bound"
     # by few calls: nobody else has it
-    if one.evaluate is None or (name != "full bound" and one.project != "nelbo"):
+    if evaluate is None or not (full or one.project == "nelbo"):
         return None
-    evaluate, calls = one.evaluate, None if name == "full bound" else 2
-    count = one.setting.terms if calls is None else calls
-    if name == "full bound" and one.project == "nelbo":
-        count += 1  # one term more, drawn twice, from which the error of the noise follows
-    return (lambda: evaluate(calls)), batch * count
+    return (lambda: evaluate(None if full else FEW)), None
 
 
 def machine(device: str, top: Ceiling) -> dict[str, Any]:

@@ -11,8 +11,8 @@ machine that is lent for ten minutes at a time fills the table in some turns. A 
 named, noted in FOLDER/done.json, and does not stop the others; --again NAME repeats it. At the end
 the tables between the marks of docs/speed.md are written anew from the JSON files.
 
-With a GPU at most two hours, and about fifty minutes where nothing hits its limit; without one
-ten minutes, and the row of the CPU.
+With a GPU the limits add up to three hours and a quarter; about one is expected. Without one they
+add up to seventy minutes, and on two quiet cores about fifteen are expected.
 """
 
 from __future__ import annotations
@@ -55,6 +55,13 @@ def benched(name: str, script: str, words: str, limit: float = LIMIT) -> Piece:
     return Piece(name, (str(path), *shlex.split(words)), limit, path)
 
 
+def first(project: str, words: str) -> Piece:
+    """Seconds to the first update of each tuning of a project."""
+    return benched(
+        f"first update, {project}", "speed.py", f"{words} --works 'first update' --only {project}"
+    )
+
+
 def pieces(gpu: bool, folder: Path, improved: Path | None, cifar10: Path | None) -> list[Piece]:
     """All that there is to do on a machine."""
     speed, peers = f"--into {folder}/speed.json", ["diffusers", "denoising-diffusion-pytorch"]
@@ -67,18 +74,18 @@ def pieces(gpu: bool, folder: Path, improved: Path | None, cifar10: Path | None)
         return [
             *(benched(w, "speed.py", f"{quick} --works {w}") for w in ("training", "forward")),
             benched("sampling", "speed.py", f"{quick} --works sampling"),
-            benched("start", "speed.py", f"{quick} --works 'first update' --starts 3"),
+            *(first(p, f"{quick} --starts 3") for p in ("nelbo", *peers)),
             benched("starts", "starts.py", f"--out {folder}/starts.json", 200),
             benched("growth", "growth.py", f"--out {folder}/growth.json", 200),
             benched("loader", "loader.py", f"--out {folder}/loader.json --rounds 5"),
         ]
     found = [
-        benched(f"{w}, {p}", "speed.py", f"{speed} --works {w} --only nelbo {p}")
+        benched(f"{w}, {p}", "speed.py", f"{speed} --seconds 1 --works {w} --only nelbo {p}")
         for w in ("training", "forward", "sampling")
         for p in peers
     ]
     found += [
-        benched("start", "speed.py", f"{speed} --works 'first update'"),
+        *(first(p, speed) for p in ("nelbo", *peers)),
         benched("starts", "starts.py", f"--out {folder}/starts.json", 300),
         benched("normalisation", "normalisation.py", f"--out {folder}/normalisation.json"),
         benched("overheads", "overheads.py", f"--compile --out {folder}/overheads.json"),

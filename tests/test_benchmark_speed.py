@@ -57,6 +57,15 @@ def test_operations_are_counted() -> None:
     assert flops(contestant("peer")) == 2 * 9 * 16
 
 
+def test_calls_are_counted_by_who_makes_them() -> None:
+    one = contestant("nelbo")
+    (found,) = rounds({("full bound", one): (lambda: 12.0, None)}, "cpu", 1, 0.0)
+    (fewer,) = rounds(
+        {("full bound", one): (lambda: time.sleep(0.05) or 12.0, None)}, "cpu", 1, 0.0
+    )
+    assert 100 < fewer.rates[0] < 12 / 0.05 < found.rates[0]
+
+
 def test_who_cannot_be_built_fails_at_every_work() -> None:
     def make(setting: Setting, tuning: Tuning) -> Contestant:
         if tuning.name == "bad":
@@ -142,7 +151,10 @@ def test_nelbo_does_every_kind_of_work(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.isfinite(torch.tensor(one.update()))
     assert any(not a.equal(b) for a, b in zip(before, one.network.parameters(), strict=True))
     assert one.predict().shape == one.sample().shape == (4, 3, 8, 8)
-    assert one.evaluate is not None and one.evaluate(None) == one.evaluate(2) == 4.0
+    assert one.evaluate is not None and one.evaluate(None) == 4 * (2 + 1)
+    assert one.evaluate(2) > 4 * 2, "with its pilot"
+    doing = speed.work("full bound", one)
+    assert doing is not None and doing[1] is None and doing[0]() == 12
 
 
 def test_tunings_prepare_a_network() -> None:

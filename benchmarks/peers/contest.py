@@ -127,7 +127,8 @@ class Contestant:
     update: Callable[[], Any]
     sample: Callable[[], Tensor]
     evaluate: Callable[[int | None], float] | None = None
-    """Network calls per image, or None for every term on `terms` times; None: it has no bound."""
+    """Calls per image, or None for every term on `terms` times -> network calls in all; None: it
+    has no bound."""
     resident: int = 0
     """Bytes of the device that it takes once it is built."""
 

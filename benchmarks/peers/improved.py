@@ -94,7 +94,7 @@ class Loop:
         x = scaled(self.data[0])
         with self.tuning.context(self.device):
             self.bounded.calc_bpd_loop(self.network, x, clip_denoised=True)
-        return float(len(x))
+        return float(len(x) * self.setting.terms)
 
 
 def contestants(

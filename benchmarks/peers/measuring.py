@@ -71,6 +71,9 @@ Turn = tuple[str, Contestant]
 """A kind of work, and who does it."""
 
 
+Doing = tuple[Callable[[], Any], float | None]
+
+
 def synchronised(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
@@ -129,7 +132,7 @@ def patience(seconds: float) -> Iterator[None]:
 
 
 def rounds(
-    turns: dict[Turn, tuple[Callable[[], Any], float]],
+    turns: dict[Turn, Doing],
     device: str,
     count: int,
     seconds: float,
@@ -138,7 +141,7 @@ def rounds(
     """`count` turns of every contestant at every work, after one that warms up (and compiles).
 
     Arguments:
-        turns: what to call, and how many images one call does.
+        turns: what to call, and how many images one call does; None if that is what it returns.
         wait: seconds to warm up.
     """
     found = {turn: Measured(*turn) for turn in turns}
@@ -178,19 +181,17 @@ def _warm(found: Measured, call: Callable[[], Any], device: str, wait: float) ->
         found.peak = torch.cuda.max_memory_allocated() - before + found.one.resident
 
 
-def _round(
-    found: Measured, turn: tuple[Callable[[], Any], float], device: str, seconds: float
-) -> None:
+def _round(found: Measured, turn: Doing, device: str, seconds: float) -> None:
     call, images = turn
-    calls = 0
+    calls, done = 0, 0.0
     synchronised(device)
     start, processor = time.perf_counter(), time.process_time()
     while not calls or time.perf_counter() - start < seconds:
-        call()
+        said = call()
+        done += said if images is None else images
         calls += 1
         if calls % 4 == 0:
             synchronised(device)
     synchronised(device)
-    done = calls * images
     found.rates.append(done / (time.perf_counter() - start))
     found.processor.append(done / (time.process_time() - processor))

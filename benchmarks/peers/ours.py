@@ -92,17 +92,21 @@ class Loop:
         return x
 
     def evaluate(self, calls: int | None) -> float:
-        """The bound of one batch on `setting.terms` times: every term, or some calls per image."""
+        """The bound of one batch on `setting.terms` times: every term, or some calls per image.
+
+        Returns:
+            network calls, those of the pilot included.
+        """
         places = torch.linspace(0, STEPS - 1, self.setting.terms).round().long()
         times = self.times[places]
         rows = self.data[0].cpu()
         pilot = self.data[1].cpu()[:8] if len(self.data) > 1 else rows[:8]
         with self.tuning.context(self.device):
-            evaluate(
+            found = evaluate(
                 self.model, rows, times, encode=scaled, calls=calls, pilot=pilot,
                 replicates=1, batch=max(len(rows), 64), device=self.device,
             )  # fmt: skip
-        return float(len(rows))
+        return found.calls * len(rows) + found.pilot_calls
 
 
 def contestants(setting: Setting, device: str, compiled: bool) -> list[Contestant]:
