@@ -56,6 +56,7 @@ N latents costs about 20/N bits/dim more than a continuum of them, and few calls
 with N."""
 VARIANTS = {
     "the recipe": "",
+    "log-SNR learned, from 10": "--logsnr-max 10",
     "log-SNR fixed": "--schedule logsnr",
     "log-SNR fixed, from 11": "--schedule logsnr --logsnr-max 11",
     "log-SNR fixed, from 10": "--schedule logsnr --logsnr-max 10",

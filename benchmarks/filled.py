@@ -136,8 +136,9 @@ def start_row(document: Document, tunings: list[str], key: str) -> str:
     peers = {name: value for name, value in found.items() if name[0] != "nelbo"}
     told = ""
     if peers:
-        least = min(peers, key=lambda name: peers[name])
-        told = f"{peers[least]:.1f} ({', '.join(least)})"
+        projects = sorted({project for project, _ in peers})
+        least = {p: min(v for n, v in peers.items() if n[0] == p) for p in projects}
+        told = ", ".join(f"{value:.1f} ({project})" for project, value in least.items())
     return f"| first update, s | {' | '.join(cells)} | {told} | | |"
 
 

@@ -73,7 +73,7 @@ def test_the_table_is_that_of_the_file() -> None:
     assert f"| training, images/s {training}" in lines
     assert "| share of the ceiling | 25% | 25% | 25% | |  |" in lines
     assert "| of an update, the network |  | 0.950 (0.900-1.000) | | | 0.9 |" in lines
-    assert "| first update, s |  | 60.0 | 80.0 (peer, tuned) | | |" in lines
+    assert "| first update, s |  | 60.0 | 80.0 (peer) | | |" in lines
     assert "| peer | **1.60** (1.50-1.70) tuned over tuned |  |  |" in lines
     assert "- gone: absent, not installed" in lines
     assert "- slow, tuned: training fails (RuntimeError: no)" in lines
