@@ -58,16 +58,28 @@ def free_port() -> int:
 
 
 class Ranks:
-    """Starts functions of test modules on several ranks."""
+    """Starts functions of test modules on several ranks.
 
-    def __init__(self) -> None:
+    Arguments:
+        cuda: let them see the devices; the server itself must not start CUDA before it forks.
+    """
+
+    def __init__(self, cuda: bool = False) -> None:
         paths = [str(Path(cli.__file__).parents[1]), str(Path(__file__).parent)]
         self.process = subprocess.Popen(
             [sys.executable, "-c", SERVER, json.dumps(paths)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                **(
+                    {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+                    if cuda
+                    else {"CUDA_VISIBLE_DEVICES": ""}
+                ),
+            },
         )
 
     def run(self, function: Any, world: int, folder: Path, *arguments: Any) -> list[int]:

@@ -29,6 +29,7 @@ NAMES = (
     "games",
     "scaling",
     "derivation",
+    "speed",
 )
 PAGES = [DOCS / f"{name}.md" for name in NAMES]
 

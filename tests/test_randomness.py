@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -108,3 +110,21 @@ def test_seeded_governs_distributions() -> None:
     with seeded(1, "a"):
         assert torch.equal(normal.rsample(), first)
     assert not torch.equal(first, other)
+
+
+def test_a_process_looks_at_its_own_device_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With eight devices at hand and the third one its own."""
+    seen: list[list[int]] = []
+
+    @contextmanager
+    def fork(devices: list[int]) -> Iterator[None]:
+        seen.append(list(devices))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.random, "fork_rng", fork)
+    with seeded(0, "a"):
+        pass
+    assert seen == [[3]]

@@ -54,7 +54,8 @@ def seeded(seed: int, *parts: str | int) -> Iterator[None]:
 
 @contextmanager
 def _restored() -> Iterator[None]:
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    # the one that this process computes on: to look at the others would take memory on each
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         yield
 

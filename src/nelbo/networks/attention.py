@@ -8,6 +8,9 @@ layer: Ho et al., 2020).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -57,12 +60,16 @@ class Attention(nn.Module):
         """Mix the positions of x, (B, C, H, W)."""
         normed = x if self.group_norm is None else self.group_norm(x)
         tokens = normed.flatten(2).transpose(1, 2)
-        q, k, v = (self._split(linear(tokens)) for linear in (self.to_q, self.to_k, self.to_v))
+        q, k, v = self._projected(tokens)
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         out: Tensor = self.to_out[0](mixed).transpose(1, 2).reshape(x.shape)
-        sum_: Tensor = (x + out) / self.rescale
-        return sum_
+        sum_: Tensor = x + out
+        return sum_ if self.rescale == 1 else sum_ / self.rescale
 
-    def _split(self, tokens: Tensor) -> Tensor:
+    def _projected(self, tokens: Tensor) -> Iterable[Tensor]:
+        """q, k, v, each (B, heads, L, head_dim), by one product of matrices instead of three."""
+        maps = (self.to_q, self.to_k, self.to_v)
+        weight, bias = torch.cat([m.weight for m in maps]), torch.cat([m.bias for m in maps])
         batch, length, _ = tokens.shape
-        return tokens.reshape(batch, length, self.heads, -1).transpose(1, 2)
+        every = F.linear(tokens, weight, bias).reshape(batch, length, 3, self.heads, -1)
+        return every.permute(2, 0, 3, 1, 4)

@@ -11,13 +11,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nelbo.errors import InputRefused
 from nelbo.networks.attention import Attention
+from nelbo.networks.kernels import PLAIN, Kernels
 from nelbo.networks.layers import per_example, sinusoid
-from nelbo.networks.unet_blocks import Down, Middle, Residual, Up
+from nelbo.networks.unet_blocks import Down, Middle, Residual, Up, activation
 from nelbo.networks.unet_config import UNetConfig
 
 
@@ -83,6 +85,8 @@ class UNet(nn.Module):
         self.down_blocks = nn.ModuleList([Down(settings, level) for level in levels])
         self.mid_block = None if settings.mid_block_type is None else Middle(settings)
         self.up_blocks = nn.ModuleList([Up(settings, index) for index in levels])
+        self.act = activation(settings)
+        self.kernels: Kernels = PLAIN
         self.conv_norm_out = nn.GroupNorm(settings.norm_num_groups, first, eps=settings.norm_eps)
         self.conv_out = nn.Conv2d(first, settings.out_channels, 3, padding=1)
 
@@ -122,16 +126,18 @@ class UNet(nn.Module):
             InputRefused: the shape of x_t or t is off, or cond is missing or not expected.
         """
         self._check(x_t)
-        embedded = self._embed(x_t, t, cond)
-        x = self.conv_in(2 * x_t - 1 if self.settings.center_input_sample else x_t)
+        embedded = self.act(self._embed(x_t, t, cond))
+        x = 2 * x_t - 1 if self.settings.center_input_sample else x_t
+        # channels last: a convolution reads neighbours as one run and keeps the format
+        x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
         states = [x]
         for down in self.down_blocks:
             states += down(states[-1], embedded)
         x = states[-1] if self.mid_block is None else self.mid_block(states[-1], embedded)
         for up in self.up_blocks:
             x = up(x, states, embedded)
-        out: Tensor = self.conv_out(F.silu(self.conv_norm_out(x)))
-        return out
+        out: Tensor = self.conv_out(self.kernels.normalised(x, self.conv_norm_out, F.silu))
+        return out.contiguous()
 
     def _embed(self, x_t: Tensor, t: Tensor | float, cond: Tensor | None) -> Tensor:
         embedded: Tensor = self.time_embedding(self._waves(per_example(t, x_t)))

@@ -2,10 +2,11 @@
 
 A residual block adds to its input (through a 1x1 convolution where the number of channels changes)
     conv2(dropout(act(norm2(conv1(act(norm1 x)) + W act(e)))))
-where e is the embedded time; with `scale_shift` the time enters after the second normalisation
-instead, as norm2(h)(1 + a) + b with (a, b) = W act(e) (Dhariwal and Nichol, 2021). The levels keep
-every state on the way down and concatenate it on the way up (Ronneberger et al., 2015; Ho et al.,
-2020). The names of all tensors are those of diffusers.
+where e is the embedded time (blocks are given act(e), the same for all); with `scale_shift` the
+time enters after the second normalisation instead, as norm2(h)(1 + a) + b with (a, b) = W act(e)
+(Dhariwal and Nichol, 2021). The levels keep every state on the way down and concatenate it
+on the way up (Ronneberger et al., 2015; Ho et al., 2020). The names of all tensors are those of
+diffusers.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nelbo.networks.attention import Attention
+from nelbo.networks.kernels import PLAIN, Kernels
 from nelbo.networks.layers import Dropout
 from nelbo.networks.unet_config import UNetConfig
 
@@ -89,28 +91,27 @@ class Residual(nn.Module):
         self.dropout = Dropout(config.dropout)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
         self.act = _ACTIVATIONS[config.act_fn]()
+        self.kernels: Kernels = PLAIN
         if channels_in != channels_out:
             self.conv_shortcut: nn.Module = nn.Conv2d(channels_in, channels_out, 1)
         else:
             self.conv_shortcut = nn.Identity()
 
     def forward(self, x: Tensor, embedded: Tensor) -> Tensor:
-        """(B, C, H, W) and the embedded time (B, time_width) to (B, C', H', W')."""
-        h = self.act(self.norm1(x))
+        """(B, C, H, W) and act(embedded time) (B, time_width) to (B, C', H', W')."""
+        h = self.kernels.normalised(x, self.norm1, self.act)
         if self.resample is not None:
             x, h = self.resample(x), self.resample(h)
-        time = self.time_emb_proj(self.act(embedded))[:, :, None, None]
-        h = self.act(self._timed(self.conv1(h), time))
-        h = self.conv2(self.dropout(h))
-        out: Tensor = (self.conv_shortcut(x) + h) / self.rescale
-        return out
+        h = self.dropout(self._timed(h, self.time_emb_proj(embedded)))
+        # the addition is in place: no gradient needs the output of a convolution
+        out: Tensor = self.conv2(h).add_(self.conv_shortcut(x))
+        return out if self.rescale == 1 else out / self.rescale
 
     def _timed(self, h: Tensor, time: Tensor) -> Tensor:
         if not self.scale_shift:
-            out: Tensor = self.norm2(h + time)
-            return out
-        scale, shift = time.chunk(2, dim=1)
-        out = self.norm2(h) * (1 + scale) + shift
+            return self.kernels.timed(h, self.conv1, time, self.norm2, self.act)
+        scale, shift = time[:, :, None, None].chunk(2, dim=1)
+        out: Tensor = self.act(self.norm2(self.conv1(h)) * (1 + scale) + shift)
         return out
 
 
@@ -226,6 +227,11 @@ def _doubling(config: UNetConfig, width: int, kind: str) -> nn.Module:
     if attend or kind == "ResnetUpsampleBlock2D":
         return Residual(config, width, width, resample="up")
     return Double(width)
+
+
+def activation(config: UNetConfig) -> nn.Module:
+    """The nonlinearity that a configuration names."""
+    return _ACTIVATIONS[config.act_fn]()
 
 
 def _average(x: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from nelbo.recipes.groups import GameOptions, Options
 from nelbo.recipes.recipe import Recipe
 from nelbo.rundir import RunDirectory, default_path
 from nelbo.samplers import Ancestral
+from nelbo.speed import prepared
 from nelbo.trainer import Player, Trainer
 from nelbo.walks import evaluate as evaluating
 from nelbo.walks import sample as sampling
@@ -165,8 +166,15 @@ def trainer_of(recipe: Recipe, device: str) -> Trainer:
     options, dataset = recipe.options, recipe.dataset
     model = recipe.model.to(device)
     dealt = _deal(recipe, device) if options.shard else None
-    if options.compile:
-        model.network.compile()
+    done = prepared(
+        model.network,
+        device,
+        kernels=options.kernels,
+        compiled=options.compile,
+        graphs=options.accumulation == 1 and distributed.world_size() == 1,
+    )
+    if device != "cpu":
+        console.say(done)
 
     mine = distributed.rows_of(options.batch, options.accumulation)
 
