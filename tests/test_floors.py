@@ -50,6 +50,7 @@ _FLOORS = {
     "networks.attention": (1, 0),
     "networks.unet_config": (1, 0),
     "networks.kernels": (1, 0),
+    "networks.norm_kernels": (1, 0),
     "networks.triton_norm": (1, 1),
     "networks.unet_blocks": (1, 1),
     "networks.informed": (1, 2),
