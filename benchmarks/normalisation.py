@@ -6,7 +6,7 @@ The shapes are those of the 35.7 M network at batch 256. Forward moves an array 
 gradient three times (x, dy, dx); a rate is these bytes over the time, and `of copy` is that rate
 over the rate of `torch.Tensor.copy_` of an array of the same size. `torch` is group_norm and silu
 as torch computes them, eagerly and compiled. With --tune every plan that a shape allows is tried,
-and the best are printed as the lines of `norm_kernels.MEASURED`. The gradient is timed without the
+and the best are printed as the lines of `norm_plans.MEASURED`. The gradient is timed without the
 sum over examples, which is a small array.
 """
 
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nelbo.networks import norm_kernels
-from nelbo.networks.norm_kernels import Plan
+from nelbo.networks.norm_plans import Plan, padded, plan
 
 SHAPES = ((128, 32), (256, 32), (384, 32), (128, 16), (256, 16), (384, 16), (512, 16), (256, 8),
           (512, 8), (256, 4), (512, 4))  # fmt: skip
@@ -77,10 +77,10 @@ def milliseconds(call: Callable[[], object], flush: Tensor, count: int = 30) -> 
 
 def plans(channels: int, positions: int, itemsize: int, arrays: int) -> Iterator[Plan]:
     """The rule's own plan, and what a shape allows: rows of 16 to 128 bytes, held or walked."""
-    rule = norm_kernels.plan(channels, GROUPS, positions, itemsize, arrays)
+    rule = plan(channels, GROUPS, positions, itemsize, arrays)
     yield rule
     width = channels // GROUPS
-    lanes = norm_kernels.triton.next_power_of_2(width)
+    lanes = padded(width)
     held = 1
     while held <= GROUPS:
         wide = held * width * itemsize
@@ -129,12 +129,12 @@ def best(
     """The fastest plan, and its rate."""
     channels, positions = one.x.shape[1], one.x.shape[2] * one.x.shape[3]
     times: dict[Plan, float] = {}
-    for plan in plans(channels, positions, one.x.element_size(), arrays):
+    for chosen in plans(channels, positions, one.x.element_size(), arrays):
         try:
-            times[plan] = milliseconds(lambda plan=plan: call(plan), flush, 10)
+            times[chosen] = milliseconds(lambda chosen=chosen: call(chosen), flush, 10)
         except Exception as error:  # a plan that a machine cannot run is not the best one
-            print(f"{tuple(one.x.shape)} {plan}: {error}", file=sys.stderr)
-    taken = min(times, key=lambda plan: times[plan])
+            print(f"{tuple(one.x.shape)} {chosen}: {error}", file=sys.stderr)
+    taken = min(times, key=lambda chosen: times[chosen])
     return {"best": size / times[taken] / 1e6, "plan": list(taken),
             "all": {str(tuple(p)): size / t / 1e6 for p, t in times.items()}}  # fmt: skip
 

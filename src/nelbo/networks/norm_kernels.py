@@ -24,10 +24,12 @@ References:
 from __future__ import annotations
 
 import os
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from nelbo.networks.norm_plans import Plan, padded, plan
 
 try:
     import triton
@@ -38,53 +40,6 @@ except ImportError:
 INSTALLED = triton is not None
 INTERPRETED = INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
 """Whether kernels are computed on the CPU."""
-HELD = 16384
-"""Elements of an array that a program aims to hold in registers: 64 for each of 256 threads, so
-that two programs share a processor; of each of two arrays 32 for each of 512."""
-TILE = 4096
-"""Elements that a program reads at once where it walks."""
-SECTOR, LINE = 32, 128
-"""Bytes of a position that a program reads at least, and at most: what memory moves at once."""
-
-
-class Plan(NamedTuple):
-    """How an array is dealt to programs."""
-
-    groups: int
-    """Groups of channels of one program."""
-    tile: int
-    """Positions that are read at once, a power of two; all of them: nothing is read twice."""
-    warps: int
-
-
-MEASURED: dict[tuple[int, int, int, int, int], Plan] = {}
-"""Plans that were found by trial, before all rules: `benchmarks/normalisation.py --tune`."""
-
-
-def plan(channels: int, groups: int, positions: int, itemsize: int, arrays: int = 1) -> Plan:
-    """The plan for a shape: rows of 32 to 128 bytes, all positions at once if they fit.
-
-    Arguments:
-        arrays: as many as a program must hold: one forward, two (x and dy) for the gradient.
-    """
-    measured = MEASURED.get((channels, groups, positions, itemsize, arrays))
-    if measured is not None:
-        return measured
-    width = channels // groups
-    lanes, rows = triton.next_power_of_2(width), triton.next_power_of_2(positions)
-    held = 1
-    while groups % (2 * held) == 0 and 2 * held * width * itemsize <= LINE:
-        thin = held * width * itemsize < SECTOR
-        if rows * 2 * held * lanes > (2 * HELD // arrays if thin else HELD):
-            break
-        held *= 2
-    fits = rows * held * lanes <= 2 * HELD // arrays
-    if fits and (2 * held * width * itemsize >= SECTOR or held == groups):
-        return Plan(held, rows, max(1, min(16, rows * held * lanes * arrays // 2048)))
-    held = 1
-    while groups % (2 * held) == 0 and 2 * held * width * itemsize <= LINE:
-        held *= 2
-    return Plan(held, max(1, min(TILE // (held * lanes), rows)), 4)
 
 
 def _jit(function: Any) -> Any:
@@ -263,8 +218,8 @@ def _launch(
     taken = rule if chosen is None else chosen
     blocks = groups // taken.groups
     sizes = {"POSITIONS": positions, "CHANNELS": channels, "BLOCKS": blocks, "WIDTH": width}
-    padded = {"G": taken.groups, "W": triton.next_power_of_2(width), "P": taken.tile}
-    return (batch * blocks,), sizes | padded | {"num_warps": taken.warps}
+    lanes = {"G": taken.groups, "W": padded(width), "P": taken.tile}
+    return (batch * blocks,), sizes | lanes | {"num_warps": taken.warps}
 
 
 def last(x: Tensor) -> Tensor:
