@@ -239,6 +239,7 @@ _FLOORS = {
     "walks.generate": (6, 3),
     "walks.watch": (6, 2),
     "walks.session": (6, 3),
+    "walks.pace": (6, 0),
     "walks.training": (6, 4),
     "walks.play": (6, 9),
     "walks.train": (6, 10),

@@ -112,8 +112,8 @@ class Update:
     ) -> None:
         self.rules, self.player, self.average, self.whole = rules, player, average, whole
         self.parameters = list(player.module.parameters())
-        one = {"dtype": torch.float32, "device": device}
-        self.rate, self.weight, self.bad = (torch.zeros((), **one) for _ in range(3))  # type: ignore[arg-type]
+        one = torch.zeros((), dtype=torch.float32, device=device)
+        self.rate, self.weight, self.bad = one, one.clone(), one.clone()
         self.seen = torch.zeros(2, dtype=torch.float64, device=device)
         """Loss and gradient norm of the last update."""
         for group in player.optimizer.param_groups:

@@ -60,7 +60,8 @@ class Objective(ABC):
 
     def __call__(self, model: Reverse, x_0: Tensor, cond: Any = None) -> Tensor:
         """(B,) losses of a batch x_0 (B, *shape); draws from the global generator."""
-        return self.given(model, *self.inputs(x_0), cond=cond)
+        x_0, index, fraction, probability = self.inputs(x_0)
+        return self.given(model, x_0, index, fraction, probability, cond)
 
     def inputs(self, x_0: Tensor) -> tuple[Tensor, ...]:
         """What `given` takes after the model: x_0, and the `Places` of its rows, on its device."""

@@ -66,8 +66,8 @@ def place(probabilities: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 class Places(NamedTuple):
     """Which terms a batch measures."""
 
-    index: Tensor
-    """(B,) int64, 0..N−1."""
+    term: Tensor
+    """(B,) int64, its index 0..N−1."""
     fraction: Tensor
     """(B,) float64 in [0, 1], where in the step of its index."""
     probability: Tensor
