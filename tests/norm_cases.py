@@ -1,9 +1,9 @@
 """The fused normalisation on one shape, and how far from float64 it may be.
 
 Two numbers that lie close together have a variance that a rounding of them changes much, and the
-gradient at a group of two is the small rest of large parts. So a bound has three pieces: what
-rounding every input does to the exact result (`wiggle`), a few roundings of the parts that a sum
-has (`parts`), and, of arrays that are stored in bfloat16, the last bit of the result.
+gradient at a group of two is the small rest of large parts. So the bound is four roundings of all
+that is computed on the way (`parts`), and, of arrays that are stored in bfloat16, the last bit of
+the result.
 
 As a program, under TRITON_INTERPRET=1, it prints what the kernel does on a CPU.
 """
@@ -42,12 +42,15 @@ class Case(NamedTuple):
     groups: int
 
 
-def case(shape: tuple[int, ...], shifted: bool, dtype: torch.dtype, device: str = "cpu") -> Case:
+def case(
+    shape: tuple[int, ...], shifted: bool, dtype: torch.dtype, device: str = "cpu", seed: int = 1
+) -> Case:
     """Numbers around 3, so that squares without care would cancel."""
     batch, channels, height, width, groups = shape
-    stream = torch.Generator().manual_seed(1)
+    stream = torch.Generator().manual_seed(seed)
     x = 3 + torch.randn(batch, channels, height, width, generator=stream)
-    shift, over = torch.randn(batch, channels, generator=stream), torch.randn(x.shape)
+    shift = torch.randn(batch, channels, generator=stream)
+    over = torch.randn(x.shape, generator=stream)
     gain, bias = (torch.randn(channels, generator=stream) for _ in range(2))
     last = {"memory_format": torch.channels_last}
     x, over = (v.to(dtype).contiguous(**last) for v in (x, over))  # type: ignore[arg-type]
@@ -100,48 +103,48 @@ def exact(one: Case) -> dict[str, Tensor]:
 
 
 def parts(one: Case) -> dict[str, Tensor]:
-    """What each result is the sum of, in size."""
+    """What a rounding of 1 in everything that is computed would do to each result, at first order.
+
+    A rounding of h, or of the mean, moves x̂ by (|x| + |shift|)/√(v + ε), `loose`, and through it
+    dz by |dy γ| times as much; the size of every summand is added to that.
+    """
     one = _float64(one)
-    h = one.x if one.shift is None else one.x + one.shift[:, :, None, None]
-    g = h.reshape(len(h), one.groups, -1)
-    v = g.var(2, unbiased=False, keepdim=True)
-    unit = ((g - g.mean(2, keepdim=True)) / (v + EPS).sqrt()).reshape(h.shape)
-    root = (1 / (v + EPS).sqrt()).expand_as(g).reshape(h.shape)
+    h, size = one.x, one.x.abs()
+    if one.shift is not None:
+        h, size = h + one.shift[:, :, None, None], size + one.shift.abs()[:, :, None, None]
+
+    def by_group(values: Tensor) -> Tensor:
+        return values.reshape(len(h), one.groups, -1)
+
+    g = by_group(h)
+    root = 1 / (g.var(2, unbiased=False, keepdim=True) + EPS).sqrt()
+    unit = ((g - g.mean(2, keepdim=True)) * root).reshape(h.shape)
+    loose = (by_group(size).amax(2, keepdim=True) * root).expand_as(g).reshape(h.shape)
     gain, bias = one.gain[:, None, None], one.bias[:, None, None]
     z = unit * gain + bias
     s = torch.sigmoid(z)
     dz = (one.over * s * (1 + z * (1 - s))).abs()
+    moved = one.over.abs() * gain.abs() * loose
     # each part of dx: its own, and the two means that are taken off
-    own = (root * gain.abs() * dz).reshape(g.shape)
-    means = own.mean(2, keepdim=True) * (1 + unit.reshape(g.shape).abs())
-    dx = (own + means).reshape(h.shape)
-    sums = {"dshift": dx.sum((2, 3)), "dgain": (dz * unit.abs()).sum((0, 2, 3))}
-    size = {"y": (unit * gain).abs() + bias.abs(), "dx": dx, "dbias": dz.sum((0, 2, 3))}
-    return size | sums
-
-
-def wiggle(one: Case) -> dict[str, float]:
-    """How much the exact result moves when its inputs are rounded another way."""
-    stream, here = torch.Generator().manual_seed(2), exact(one)
-    worst = dict.fromkeys(here, 0.0)
-    for _ in range(3):
-        moved = _float64(one)
-        for v in moved[:4]:
-            if v is not None:
-                sign = torch.randint(0, 2, v.shape, generator=stream).to(v.device) * 2 - 1
-                v.mul_(1 + UNIT * sign)
-        for name, value in exact(moved).items():
-            worst[name] = max(worst[name], float((value - here[name]).norm()))
-    return worst
+    own = by_group(gain.abs() * (dz * (1 + loose) + moved)) * root
+    dx = (own + own.mean(2, keepdim=True) * (1 + by_group(unit).abs())).reshape(h.shape)
+    dgain = dz * (unit.abs() + loose) + moved * unit.abs()
+    return {
+        "y": gain.abs() * (unit.abs() + loose) + bias.abs(),
+        "dx": dx,
+        "dshift": dx.sum((2, 3)),
+        "dgain": dgain.sum((0, 2, 3)),
+        "dbias": (dz + moved).sum((0, 2, 3)),
+    }
 
 
 def bounds(one: Case) -> dict[str, float]:
     """‖found − exact‖ at most, by result."""
-    size, moved, true = parts(one), wiggle(one), exact(one)
+    size, true = parts(one), exact(one)
     # triton's interpreter cuts off what does not fit into bfloat16, a GPU rounds
     stored = 2.0**-7 if one.x.dtype == torch.bfloat16 else 0.0
     return {
-        n: 16 * UNIT * float(size[n].norm()) + 8 * moved[n]
+        n: 4 * UNIT * float(size[n].norm())
         + (stored * float(true[n].norm()) if n in ("y", "dx") else 0.0)
         for n in true
     }  # fmt: skip
