@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from nelbo.data.augmentation import Affine
+from nelbo.losses import Augmented
 from nelbo.networks.heads import Ensemble, LevelHead, channel_dropout, level_basis
 from nelbo.networks.layers import Dropout, Marked
 from nelbo.networks.unet import UNet
-from nelbo.objectives import Augmented, Simple
+from nelbo.objectives import Simple
 from nelbo.recipes.build import build
 from nelbo.recipes.options import Digits
 

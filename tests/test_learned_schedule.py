@@ -23,11 +23,11 @@ from tiny import command, silent
 from torch import Tensor, nn
 
 from nelbo.averages import Warming
+from nelbo.continuous import Continuous
 from nelbo.decoders import Density, Discretized
 from nelbo.learned_schedule import LearnedLogSNR
 from nelbo.networks.informed import Informed
 from nelbo.networks.layers import Timed
-from nelbo.objectives import Continuous
 from nelbo.parameterizations import X0
 from nelbo.processes.gaussian import Gaussian
 from nelbo.rates import Rate

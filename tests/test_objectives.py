@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -19,12 +20,15 @@ from oracles import (
 from torch import Tensor, nn
 
 from nelbo import objectives
-from nelbo.decoders import Density
-from nelbo.objectives import Hybrid, Mean, Objective, Simple, Vlb, low_discrepancy
+from nelbo.bound import draw, term_masked, term_of
+from nelbo.continuous import Continuous
+from nelbo.decoders import Density, Following
+from nelbo.objectives import Hybrid, Mean, Objective, Simple, Vlb
 from nelbo.parameterizations import Epsilon
 from nelbo.processes.gaussian import Gaussian
 from nelbo.reverse import Prediction, Reverse
 from nelbo.schedules import LogSNRLinear
+from nelbo.timesampling import Places, ladder
 from nelbo.variances import Between, Posterior
 
 STEPS = 6
@@ -121,13 +125,13 @@ def unweighted(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_decoder(patch: pytest.MonkeyPatch) -> None:
-    right = objectives.low_discrepancy
+    right = Vlb.inputs
 
-    def draw(p: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-        index, probability = right(p, batch)
-        return index.clamp(min=1), probability
+    def inputs(o: Vlb, x_0: Tensor) -> tuple[Tensor, ...]:
+        x_0, index, fraction, probability = right(o, x_0)
+        return x_0, index.clamp(min=1), fraction, probability
 
-    patch.setattr(objectives, "low_discrepancy", draw)
+    patch.setattr(Vlb, "inputs", inputs)
 
 
 def no_prior(patch: pytest.MonkeyPatch) -> None:
@@ -149,6 +153,12 @@ def test_the_check_finds_a_biased_objective(
 
 
 # --- low discrepancy -----------------------------------------------------------------------------
+
+
+def low_discrepancy(p: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    """What an objective draws: indices, and their probabilities."""
+    index, _, probability = Places.of(p, ladder(batch), torch.device("cpu"))
+    return index, probability
 
 
 @pytest.mark.parametrize("p", [torch.full((7,), 1 / 7).double(), SKEWED])
@@ -311,3 +321,65 @@ def test_hybrid_value() -> None:
 def test_hybrid_needs_a_learned_variance() -> None:
     with pytest.raises(ValueError, match="Between"):
         Hybrid(TIMES)(exact(), draw_data(4))
+
+
+# --- the forms that a GPU computes ---------------------------------------------------------------
+
+
+def slopes(of: Tensor, model: Reverse) -> list[Tensor]:
+    return list(torch.autograd.grad(of.sum(), list(model.network.parameters()), retain_graph=True))
+
+
+@pytest.mark.parametrize("kind", ["fixed variance", "learned variance", "one latent"])
+def test_masked_terms_are_the_terms(kind: str) -> None:
+    """Value and gradient of both kinds of rows; nothing infinite is left in either."""
+    torch.manual_seed(0)
+    times = TIMES if kind != "one latent" else TIMES[-1:]
+    learned = kind == "learned variance"
+    network = Plain(4 if learned else 2)
+    variance = Between() if learned else Posterior()
+    process = Gaussian(LogSNRLinear())
+    decoder = Density(Following(times[1])) if kind == "fixed variance" else Density()
+    model = Reverse(process, network, Epsilon(variance), decoder).double()
+    x_0 = torch.randn(20, 2, dtype=torch.float64)
+    index = torch.arange(20) % len(times)
+    at = model.at(draw(model, x_0, times[index]), times[index])
+    rows, masked = term_of(at, x_0, times, index), term_masked(at, x_0, times, index)
+    torch.testing.assert_close(masked, rows, rtol=1e-12, atol=1e-12)
+    pairs = zip(slopes(masked, model), slopes(rows, model), strict=True)
+    for found, expected in pairs:
+        assert bool(found.isfinite().all())
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+class Plain(nn.Module):
+    """One layer, that sees the time."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, channels)
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: object = None) -> Tensor:
+        out: Tensor = self.layer(torch.cat([x_t, t.expand(len(x_t))[:, None].to(x_t)], 1))
+        return out
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", [Vlb, Simple, Mean, Continuous])
+def test_no_objective_waits_for_a_gpu(kind: type[Objective]) -> None:
+    """Inputs, loss and gradient; the losses of given places are those of the CPU."""
+    torch.manual_seed(0)
+    here = Reverse(Gaussian(LogSNRLinear()), Plain(2), Epsilon(), Density())
+    x_0 = torch.randn(64, 2)
+    inputs = kind(TIMES).inputs(x_0)
+    there, objective = copy.deepcopy(here).cuda(), kind(TIMES)
+    sent = [x.cuda() for x in inputs]
+    objective.given(there, *sent)  # times are copied there once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = objective.given(there, *objective.inputs(sent[0]))
+        found.mean().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert bool(found.isfinite().all())

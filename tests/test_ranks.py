@@ -24,6 +24,7 @@ from nelbo.recipes.adversarial import build_game
 from nelbo.recipes.build import build
 from nelbo.recipes.families import kind_of
 from nelbo.samplers import Ancestral
+from nelbo.stepping import Immediate, Move
 from nelbo.trainer import Trainer
 from nelbo.walks import chains, play, train, weighted
 from nelbo.walks.measuring import Request, measure
@@ -164,18 +165,19 @@ def averaged_shares(rank: int, folder: str) -> int:
     """The planted error: a mean of the ranks' means, which weighs an uneven batch wrong."""
     joined(rank)
     trainer = diffusion()
-    right = trainer._backward
+    stepping = trainer.stepping
+    assert isinstance(stepping, Immediate)
+    right = stepping._backward
 
-    def wrong(player: Any, number: int, x_0: torch.Tensor) -> float:
-        whole, trainer.whole = trainer.whole, trainer.whole
-        loss = right(player, number, x_0)
-        scale = (whole or 0) / len(x_0) / distributed.world_size()
-        for parameter in player.module.parameters():
+    def wrong(move: Move) -> float:
+        loss = right(move)
+        scale = move.whole / len(move.x_0) / distributed.world_size()
+        for parameter in move.player.module.parameters():
             if parameter.grad is not None:
                 parameter.grad *= scale
         return loss * scale
 
-    trainer._backward = wrong  # type: ignore[method-assign]
+    stepping._backward = wrong  # type: ignore[method-assign]
     losses = [r.losses["model"] for r in trainer]
     Path(folder, f"wrong{rank}.json").write_text(json.dumps(losses))
     return 0
@@ -209,22 +211,22 @@ def test_the_rows_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def started(rank: int, folder: str, arguments: list[str], what: str, on: int, at: int) -> int:
     """The command line; on one rank something happens in one update."""
-    update, backward = Trainer.update, Trainer._backward
+    update, backward = Trainer.update, Immediate._backward
 
     def updated(trainer: Trainer) -> Any:
         if trainer.step + 1 == at and rank == on and what.startswith("SIG"):
             os.kill(os.getpid(), getattr(signal, what))
         return update(trainer)
 
-    def lost(trainer: Trainer, *rest: Any) -> float:
-        loss = backward(trainer, *rest)
-        if trainer.step + 1 == at and rank == on and what in ("nan", "error"):
+    def lost(stepping: Immediate, move: Move) -> float:
+        loss = backward(stepping, move)
+        if move.step + 1 == at and rank == on and what in ("nan", "error"):
             if what == "error":
                 raise InputRefused("the file is damaged")
             return float("nan")
         return loss
 
-    Trainer.update, Trainer._backward = updated, lost  # type: ignore[method-assign]
+    Trainer.update, Immediate._backward = updated, lost  # type: ignore[method-assign]
     return cli.main(arguments)
 
 

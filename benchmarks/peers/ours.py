@@ -6,23 +6,29 @@ As shipped is what `nelbo train` does without options; on a GPU `bf16` is its op
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from nelbo.averages import Warming
 from nelbo.decoders import Discretized
+from nelbo.deferred import Deferred, recorded
 from nelbo.evaluation import evaluate
+from nelbo.losses import ModelLoss
 from nelbo.networks.layers import Timed
 from nelbo.networks.unet import UNet
 from nelbo.objectives import Simple
 from nelbo.parameterizations import Epsilon
 from nelbo.processes.gaussian import Gaussian
+from nelbo.randomness import BLOCK
 from nelbo.rates import Rate
 from nelbo.reverse import Reverse
 from nelbo.samplers import DDIM, sample
 from nelbo.schedules import Linear
 from nelbo.speed import prepared
-from nelbo.trainer import Player, Trainer
+from nelbo.stepping import Immediate, Player
+from nelbo.trainer import Record, Trainer
 from peers.contest import (
     RATE,
     STEPS,
@@ -54,11 +60,16 @@ class Loop:
         self.times = schedule.grid()
         network = Timed(self.network, STEPS, -1)
         self.model = Reverse(Gaussian(schedule), network, Epsilon(), Discretized(256)).to(device)
-        prepared(self.model.network, device, compiled=tuning.compiled)
+        # as `nelbo train` has it: a compiled update is one CUDA graph
+        way: Any = Deferred if device == "cuda" else Immediate
+        if device == "cuda" and tuning.compiled and setting.batch <= BLOCK:
+            way = recorded
+        graphs = way is not recorded
+        prepared(self.model.network, device, compiled=tuning.compiled, graphs=graphs)
         objective = Simple(self.times)
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=RATE, fused=True)
         model = self.model
-        player = Player("model", model, optimizer, lambda x_0: objective(model, x_0))
+        player = Player("model", model, optimizer, ModelLoss(objective, model))
         self.trainer = Trainer(
             [player],
             lambda step: scaled(data[step % len(data)]),
@@ -68,10 +79,14 @@ class Loop:
             ema=Warming(0.9999),
             clip=3.0 * setting.size**2,
             autocast=(lambda: tuning.context(device)) if tuning.bf16 else None,
+            stepping=way,
         )
+        self.last: Record | None = None
 
     def update(self) -> float:
-        return self.trainer.update().losses["model"]
+        """One update; the loss of the one before, for which nobody waits."""
+        before, self.last = self.last, self.trainer.update()
+        return (before or self.last).losses["model"]
 
     def through(self) -> Tensor:
         x = scaled(self.data[0])

@@ -81,10 +81,21 @@ class EMA:
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         """Move towards `module` after the update with 0-based number `step`."""
-        decay = self.decay(step)
-        shadow: list[Tensor] = list(self.module.parameters())
-        pairs = zip(module.parameters(), shadow, strict=True)
-        current = [theirs.detach().to(mine.dtype) for theirs, mine in pairs]
-        torch._foreach_lerp_(shadow, current, 1 - decay)
+        shadow, current = self._pairs(module)
+        torch._foreach_lerp_(shadow, current, 1 - self.decay(step))
+
+    @torch.no_grad()
+    def follow(self, module: nn.Module, weight: Tensor) -> None:
+        """Move towards `module` by a weight () that lies on its device and is 1 − decay, or 0."""
+        shadow, current = self._pairs(module)
+        difference = torch._foreach_sub(current, shadow)
+        torch._foreach_mul_(difference, weight)
+        torch._foreach_add_(shadow, difference)
+
+    def _pairs(self, module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+        """Averages and what they average; buffers are copied."""
         for mine, theirs in zip(self.module.buffers(), module.buffers(), strict=True):
             mine.copy_(theirs)
+        shadow: list[Tensor] = list(self.module.parameters())
+        pairs = zip(module.parameters(), shadow, strict=True)
+        return shadow, [theirs.detach().to(mine.dtype) for theirs, mine in pairs]

@@ -69,6 +69,8 @@ def term_of(at: Prediction, x_0: Tensor, times: Tensor, index: Tensor) -> Tensor
     if index.dim() == 0:
         i = int(index)
         return decoder_term(at, x_0) if i == 0 else pair_term(at, x_0, times[i - 1])
+    if index.is_cuda:  # to ask how many rows are of which kind would stall the queue
+        return term_masked(at, x_0, times, index)
     values = torch.zeros(len(x_0), dtype=torch.float64, device=x_0.device)
     first, others = (index == 0).nonzero()[:, 0], (index > 0).nonzero()[:, 0]
     if len(first):
@@ -79,6 +81,27 @@ def term_of(at: Prediction, x_0: Tensor, times: Tensor, index: Tensor) -> Tensor
         value = pair_term(at[rows], x_0[rows], times[index[others] - 1])
         values = values.index_copy(0, rows, value)
     return values
+
+
+def term_masked(at: Prediction, x_0: Tensor, times: Tensor, index: Tensor) -> Tensor:
+    """`term_of` in operations whose sizes do not depend on the index; (B,) nats.
+
+    Both kinds are computed for every row and one is taken. What is not taken is read at a time at
+    which it is finite: the gradient of what is infinite would not be 0, but no number.
+
+    Arguments:
+        as of `term_of`, all on one device.
+    """
+    first = index == 0
+    nearest = torch.where(first, at.t, times[0])
+    decoder = decoder_term(Prediction(at.model, at.x_t, nearest, at.output), x_0)
+    if len(times) == 1:
+        return decoder
+    later = torch.where(first, times[1], at.t)
+    s = times[(index - 1).clamp(min=0)]
+    return torch.where(
+        first, decoder, pair_term(Prediction(at.model, at.x_t, later, at.output), x_0, s)
+    )
 
 
 def draw(model: Reverse, x_0: Tensor, t: Tensor) -> Tensor:

@@ -59,7 +59,8 @@ class Following(Edge):
         self.t_2 = t_2
 
     def log_variance(self, process: Gaussian, t: Tensor) -> Tensor:
-        return process.pair(t, self.t_2.to(t.device).expand_as(t)).log_posterior
+        # a number, so that nothing is copied to the device of t
+        return process.pair(t, torch.full_like(t, float(self.t_2))).log_posterior
 
     def on(self, times: Tensor) -> Following:
         if len(times) < 2:

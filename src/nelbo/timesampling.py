@@ -16,6 +16,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from torch import Tensor
 from nelbo.distributed import gather
 from nelbo.errors import InputRefused
 from nelbo.randomness import by_row, for_all, place_of
+from nelbo.transfer import sent
 
 MEMORY = 10
 """Values that are remembered of every term."""
@@ -59,6 +61,24 @@ def place(probabilities: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     index = torch.searchsorted(cdf, scaled, right=True).clamp(max=len(cdf) - 1)
     width = probabilities[index]
     return index, ((scaled - (cdf[index] - width)) / width).clamp(0, 1)
+
+
+class Places(NamedTuple):
+    """Which terms a batch measures."""
+
+    term: Tensor
+    """(B,) int64, its index 0..N−1."""
+    fraction: Tensor
+    """(B,) float64 in [0, 1], where in the step of its index."""
+    probability: Tensor
+    """(B,) float64, with which the index was drawn."""
+
+    @classmethod
+    def of(cls, probabilities: Tensor, u: Tensor, device: torch.device) -> Places:
+        """The places of u (B,), found on the CPU, so that they are the same on any device."""
+        index, fraction = place(probabilities, u)
+        found = (index, fraction, probabilities[index])
+        return cls(*(sent(x, device) for x in found))
 
 
 class SecondMoment:

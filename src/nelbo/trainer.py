@@ -15,24 +15,28 @@ pass: a game's loss runs one player inside the other's, and a gradient penalty d
 twice, both of which a wrapper with hooks on the module would have to be talked out of.
 
 Averages of the weights (`nelbo.averages`) are kept beside those of every player that wants one.
+How an update is made, and when its numbers are looked at, is in `stepping`.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nelbo import distributed, sharding
 from nelbo.averages import EMA, Decay
 from nelbo.errors import NumericalFailure
-from nelbo.randomness import rows_of
 from nelbo.rates import Rate
+from nelbo.stepping import Immediate, Move, Outcome, Player, Rules, Stepping
+
+__all__ = ["Figures", "Player", "Record", "Trainer"]
 
 
 class Stateful(Protocol):
@@ -53,18 +57,25 @@ class Closable(Protocol):
         """Let go of it."""
 
 
-class Player(NamedTuple):
-    """One side of the training: a module, its optimiser, and its loss on a batch."""
+class Figures(Mapping[str, float]):
+    """A number for every player, read when it is asked for: it may be on its way from a device."""
 
-    name: str
-    module: nn.Module
-    optimizer: torch.optim.Optimizer
-    loss: Callable[[Tensor], Tensor]
-    """(B, *shape) -> (B,) per-example losses; draws by `nelbo.randomness.by_row`."""
-    moves: int = 1
-    """Updates of this player in one update of the trainer, each on a batch of its own."""
-    averaged: bool = True
-    """Whether an average of its weights is kept."""
+    def __init__(self, outcomes: Mapping[str, Outcome], place: int) -> None:
+        self._outcomes, self._place = outcomes, place
+
+    def __getitem__(self, name: str) -> float:
+        return self._outcomes[name].read()[self._place]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._outcomes)
+
+    def __len__(self) -> int:
+        return len(self._outcomes)
+
+    @property
+    def known(self) -> bool:
+        """Whether nobody would have to wait."""
+        return all(outcome.known for outcome in self._outcomes.values())
 
 
 @dataclass(frozen=True)
@@ -73,9 +84,9 @@ class Record:
 
     step: int
     """Updates done, this one included."""
-    losses: Mapping[str, float]
+    losses: Figures
     """Mean loss by player, in the loss's own unit."""
-    grad_norms: Mapping[str, float]
+    grad_norms: Figures
     rate: float
     examples: int
 
@@ -97,6 +108,7 @@ class Trainer:
         carried: what else belongs to the state, by the name of its group of tensors.
         whole: examples of a batch on all ranks together; as many as `batch` gives, if None.
         dealt: averages of players that are dealt to ranks (`nelbo.sharding`), by name.
+        stepping: how updates are made; see `nelbo.stepping` and `nelbo.deferred`.
     """
 
     def __init__(
@@ -114,15 +126,12 @@ class Trainer:
         carried: Mapping[str, Stateful] | None = None,
         whole: int | None = None,
         dealt: Mapping[str, EMA] | None = None,
+        stepping: Callable[[Rules, list[Player]], Stepping] = Immediate,
     ) -> None:
         self.players = players
         self.batch = batch
         self.rate = rate
         self.steps = steps
-        self.seed = seed
-        self.clip = clip
-        self.accumulation = accumulation
-        self.autocast = autocast if autocast is not None else nullcontext
         self.carried = {} if carried is None else dict(carried)
         known = {} if dealt is None else dealt
         self.averages = {
@@ -135,12 +144,20 @@ class Trainer:
         assert whole is not None or distributed.world_size() == 1, "ranks share a known batch"
         self.whole = whole
         self.step = 0
-        self.settled = True
-        """Whether no player has moved since the update `step`."""
+        limit = math.inf if clip is None else clip
+        context = nullcontext if autocast is None else autocast
+        self.stepping = stepping(Rules(seed, limit, accumulation, context, self.share), players)
+        self._underway: deque[Outcome] = deque()
 
     def __iter__(self) -> Iterator[Record]:
         while self.step < self.steps:
             yield self.update()
+        self.settle()
+
+    @property
+    def settled(self) -> bool:
+        """Whether no player has moved since the update `step`."""
+        return not self.stepping.moved
 
     def close(self) -> None:
         """Let go of what prepares the batches; to train on is allowed."""
@@ -151,69 +168,53 @@ class Trainer:
         """One update: every player in turn makes its moves.
 
         Raises:
-            NumericalFailure: a loss or gradient is not finite; the mover has not changed.
+            NumericalFailure: a loss or gradient is not finite; the mover has not changed. Where
+                updates are deferred, that of the update before this one, and `step` is again the
+                number of those that were made.
         """
-        rate = self.rate(self.step)
-        losses, norms = {}, {}
+        rate, outcomes = self.rate(self.step), {}
         examples, move = 0, self.step * sum(player.moves for player in self.players)
         for player in self.players:
             for k in range(player.moves):
-                number = self.step * player.moves + k
                 x_0 = self.batch(move)
-                examples, move = examples + (self.whole or len(x_0)), move + 1
-                losses[player.name], norms[player.name] = self._move(player, number, x_0, rate)
-            if player.averaged:
-                self.averages[player.name].update(player.module, self.step)
+                whole, move = self.whole or len(x_0), move + 1
+                last = player.averaged and k == player.moves - 1
+                average = self.averages[player.name] if last else None
+                number = self.step * player.moves + k
+                asked = Move(player, average, x_0, whole, number, self.step, rate)
+                outcomes[player.name] = self.stepping.make(asked)
+                self._underway.append(outcomes[player.name])
+                examples += whole
         self.step += 1
-        self.settled = True
-        return Record(self.step, losses, norms, rate, examples)
+        self.stepping.moved = False
+        self.settle(self.stepping.behind)
+        return Record(self.step, Figures(outcomes, 0), Figures(outcomes, 1), rate, examples)
 
-    def _move(self, player: Player, number: int, x_0: Tensor, rate: float) -> tuple[float, float]:
-        player.module.train()
-        player.optimizer.zero_grad(set_to_none=True)
-        mine = self._backward(player, number, x_0)
-        total = _summed(list(player.module.parameters()), mine)
-        limit = math.inf if self.clip is None else self.clip
-        norm = float(sharding.whole(nn.utils.clip_grad_norm_(player.module.parameters(), limit)))
-        self._check(player.name, total, norm)
-        for group in player.optimizer.param_groups:
-            group["lr"] = rate
-        self.settled = False
-        player.optimizer.step()
-        return total, norm
+    def settle(self, behind: int = 0) -> None:
+        """Look at the outcomes of all updates but the last `behind`.
 
-    def _backward(self, player: Player, number: int, x_0: Tensor) -> float:
-        """This rank's part of the mean loss, and of its gradient."""
-        whole, total = self.whole or len(x_0), 0.0
-        pieces = distributed.spans(whole, self.accumulation)
-        parts = x_0.split([len(piece) for piece in pieces])
-        for piece, part in zip(pieces, parts, strict=True):
-            with (
-                rows_of(piece, whole, self.seed, "train", player.name, number),
-                self.autocast(),
-            ):
-                loss = player.loss(part).sum() / whole
-            (loss * self.share).backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
-        return total
-
-    def _check(self, name: str, loss: float, norm: float) -> None:
-        if math.isfinite(loss) and math.isfinite(norm):
-            return
-        what, value = ("gradient norm", norm) if math.isfinite(loss) else ("loss", loss)
-        kept = f"the weights of update {self.step} are unchanged"
-        if len(self.players) > 1:
-            kept = f"its weights are unchanged, and nothing after update {self.step} is saved"
-        raise NumericalFailure(
-            f"the {what} of {name} is {value} at update {self.step + 1}; {kept}. Lower the "
-            "learning rate, lengthen the warm-up or clip"
-        )
+        Raises:
+            NumericalFailure: of an update that changed nothing; `step` is what was done before.
+        """
+        while len(self._underway) > behind:
+            outcome = self._underway.popleft()
+            try:
+                outcome.check(len(self.players) == 1)
+            except NumericalFailure:
+                self.step = outcome.step
+                self._underway.clear()
+                self.stepping.restart()
+                raise
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """All tensors of the state by group; the step number is `self.step`.
 
         Of players that are dealt to ranks the whole tensors: all ranks come here.
+
+        Raises:
+            NumericalFailure: an update that was under way has failed.
         """
+        self.settle()
         state: dict[str, dict[str, Tensor]] = {}
         for player in self.players:
             state[player.name] = _wholes(player.module.state_dict())
@@ -238,25 +239,9 @@ class Trainer:
             _load_optimizer(player.optimizer, state[f"{player.name}-optimizer"])
         for name in self.carried_state():
             self.carried[name].load_state_dict(state[name])
+        self._underway.clear()
+        self.stepping.restart()
         self.step = step
-
-
-def _summed(parameters: list[nn.Parameter], loss: float) -> float:
-    """Add up the gradients of all ranks, and their parts of a loss.
-
-    A parameter that had no part in any rank's loss keeps no gradient, as in one process.
-    """
-    if distributed.world_size() == 1:
-        return loss
-    parameters = [p for p in parameters if not sharding.is_part(p)]
-    used = [float(p.grad is not None) for p in parameters]
-    found = distributed.total(torch.tensor([loss, *used], dtype=torch.float64))
-    for parameter, count in zip(parameters, found[1:].tolist(), strict=True):
-        if count and parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    distributed.total_of(gradients)
-    return float(found[0])
 
 
 def _wholes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nelbo.randomness import by_row
+from nelbo.transfer import sent
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,12 @@ class Affine:
         marked = by_row(len(x_0), lambda n, g: torch.rand(n, generator=g)) < self.share
         grid = F.affine_grid(self._maps(len(x_0)), list(x_0.shape), align_corners=False)
         # the border is padded with the lowest level
-        moved = F.grid_sample(x_0.cpu() + 1, grid, mode="bicubic", align_corners=False)
+        there = sent(grid, x_0.device)
+        moved = F.grid_sample(x_0 + 1, there, mode="bicubic", align_corners=False)
         top = self.levels - 1
         level = (moved * (top / 2)).round().clamp(0, top)
         rounded = (2 * level / top - 1).to(x_0)
-        here = marked.to(x_0.device)
+        here = sent(marked, x_0.device)
         return torch.where(here[:, None, None, None], rounded, x_0), here.long()
 
     def _maps(self, count: int) -> Tensor:

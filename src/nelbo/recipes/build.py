@@ -20,8 +20,8 @@ from nelbo.data.texture import texture
 from nelbo.errors import InputRefused, UsageError
 from nelbo.estimate import Estimate
 from nelbo.evaluation import evaluate
+from nelbo.losses import Augmented
 from nelbo.networks.heads import LevelHead
-from nelbo.objectives import Augmented
 from nelbo.randomness import seeded
 from nelbo.recipes import combinations
 from nelbo.recipes import options as o

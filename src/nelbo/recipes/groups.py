@@ -90,6 +90,9 @@ class Training(Course):
     """Compile the network (torch.compile)."""
     kernels: Literal["auto", "plain", "triton"] = "auto"
     """How normalisation and activation are computed: auto takes the fused kernel where it runs."""
+    graphs: Literal["auto", "update", "network", "none"] = "auto"
+    """On a GPU, what is recorded once as a CUDA graph and replayed: a whole update, the compiled
+    network; auto, with --compile: the update where that can be, else the network."""
     validate_calls: int = 8
     """Network calls per validation example."""
     calls: int | None = 32

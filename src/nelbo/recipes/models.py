@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from nelbo import objectives
+from nelbo import continuous, objectives
 from nelbo.data.base import Dataset
 from nelbo.data.mixture import GaussianMixture
 from nelbo.data.part import pieces
@@ -131,11 +131,11 @@ def objective_of(options: Diffusion, times: Tensor) -> objectives.Objective:
         "simple": objectives.Simple,
         "mean": objectives.Mean,
         "hybrid": objectives.Hybrid,
-        "continuous": objectives.Continuous,
+        "continuous": continuous.Continuous,
     }
     probabilities = focus_of(options, times)
     if options.objective == "continuous" and probabilities is not None:
-        share = objectives.DECODER
+        share = continuous.DECODER
         pieces = probabilities[1:]
         probabilities = torch.cat([pieces.new_full((1,), share), (1 - share) * pieces])
         probabilities[1:] /= pieces.sum()

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from nelbo.data.base import Dataset
 from nelbo.gan import Game, Rules
-from nelbo.objectives import Augmented, Objective
+from nelbo.losses import Augmented
+from nelbo.objectives import Objective
 from nelbo.recipes.groups import GameOptions, Options
 from nelbo.reverse import Reverse
 

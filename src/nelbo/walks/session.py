@@ -179,6 +179,7 @@ class Session:
 
     def validate(self) -> None:
         """A look at the validation part, written down."""
+        self.trainer.settle()
         found = self.watch.validate()
         if found is None:
             return
@@ -190,6 +191,7 @@ class Session:
         self.mark = time.monotonic()
 
     def _log(self, rate: float) -> None:
+        self.trainer.settle()  # what has failed is not written down as a loss
         seconds = self.seconds - self.logged
         self.logged = self.seconds
         self.directory.metric(

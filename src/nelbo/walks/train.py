@@ -17,6 +17,7 @@ from nelbo.data.feed import Feed
 from nelbo.data.loading import batch_indices
 from nelbo.design import enough
 from nelbo.errors import InputRefused, ResourceExhausted, UsageError
+from nelbo.losses import ModelLoss
 from nelbo.rates import Rate
 from nelbo.recipes.adversarial import build_game
 from nelbo.recipes.build import build
@@ -30,6 +31,7 @@ from nelbo.trainer import Player, Trainer
 from nelbo.walks import evaluate as evaluating
 from nelbo.walks import sample as sampling
 from nelbo.walks.measuring import Request, measure
+from nelbo.walks.pace import chosen
 from nelbo.walks.play import Playing
 from nelbo.walks.session import Session
 from nelbo.walks.signals import Stop, ending
@@ -166,15 +168,17 @@ def trainer_of(recipe: Recipe, device: str) -> Trainer:
     options, dataset = recipe.options, recipe.dataset
     model = recipe.model.to(device)
     dealt = _deal(recipe, device) if options.shard else None
+    loss = ModelLoss(recipe.objective, model)
+    way = chosen(options, device, distributed.world_size(), loss.fixed)
     done = prepared(
         model.network,
         device,
         kernels=options.kernels,
         compiled=options.compile,
-        graphs=options.accumulation == 1 and distributed.world_size() == 1,
+        graphs=way.network,
     )
     if device != "cpu":
-        console.say(done)
+        console.say(f"{done}; {way.said}")
 
     mine = distributed.rows_of(options.batch, options.accumulation)
 
@@ -195,7 +199,7 @@ def trainer_of(recipe: Recipe, device: str) -> Trainer:
         weight_decay=0.0,
         fused=True,
     )
-    player = Player(PLAYER, model, optimizer, lambda x_0: recipe.objective(model, x_0))
+    player = Player(PLAYER, model, optimizer, loss)
     return Trainer(
         [player],
         Feed(dataset, order, device, options.ahead, options.steps),
@@ -209,6 +213,7 @@ def trainer_of(recipe: Recipe, device: str) -> Trainer:
         carried={"objective": recipe.objective},
         whole=options.batch,
         dealt=dealt,
+        stepping=way.stepping,
     )
 
 

@@ -60,14 +60,17 @@ class BoundWatch(Watch):
 
     def note(self, record: Record) -> str:
         self.losses.append(record)
-        decay = 0.0 if math.isnan(self.shown) else 0.98
-        value = self._loss()
-        self.shown = value if not decay else decay * self.shown + (1 - decay) * value
+        # what a device has not computed yet is shown with a later update
+        known = [r for r in self.losses if r.losses.known]
+        if known:
+            decay = 0.0 if math.isnan(self.shown) else 0.98
+            value = self._loss(known)
+            self.shown = value if not decay else decay * self.shown + (1 - decay) * value
         return f"loss {self._shown()}"
 
     def row(self) -> Mapping[str, Any]:
         norm = self.losses[-1].grad_norms[PLAYER] / self.recipe.dataset.dims
-        loss = self._loss()
+        loss = self._loss(self.losses)
         self.losses.clear()
         return {"loss": loss, "grad_norm": norm}
 
@@ -88,9 +91,9 @@ class BoundWatch(Watch):
         text = f"validation bound {estimate}, loss {self._shown()}"
         return Validation(kept, {"validation": kept}, text)
 
-    def _loss(self) -> float:
-        """Mean loss since the last line: bits/dim of the bound, else as the objective has it."""
-        mean = math.fsum(r.losses[PLAYER] for r in self.losses) / len(self.losses)
+    def _loss(self, records: list[Record]) -> float:
+        """Mean loss of updates: bits/dim of the bound, else as the objective has it."""
+        mean = math.fsum(r.losses[PLAYER] for r in records) / len(records)
         if self.recipe.objective.unit != NATS:
             return mean
         return (mean + self.recipe.dataset.offset()) / (self.recipe.dataset.dims * math.log(2))
