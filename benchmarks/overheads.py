@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers.contest import BIG, SMALL, Setting, Tuning, images, scaled
-from peers.contest import configuration
+from peers.contest import BIG, SMALL, Setting, Tuning, configuration, images, scaled
 from torch import Tensor, nn
 
 from nelbo.averages import EMA, Warming

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributions import kl as registry
 
+import nelbo.continuous
 import nelbo.controls
 import nelbo.curve
 import nelbo.design
@@ -191,8 +192,8 @@ def epsilon_weight(patch: pytest.MonkeyPatch) -> None:
 
 def continuous_weight(patch: pytest.MonkeyPatch) -> None:
     """1 for ½ in the integral over log-SNR."""
-    right = nelbo.objectives.Continuous.part
-    patch.setattr(nelbo.objectives.Continuous, "part", lambda *given: 2 * right(*given))
+    right = nelbo.continuous.Continuous.part
+    patch.setattr(nelbo.continuous.Continuous, "part", lambda *given: 2 * right(*given))
 
 
 def epsilon_conversion(patch: pytest.MonkeyPatch) -> None:

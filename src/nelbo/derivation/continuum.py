@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor
 
+from nelbo.continuous import Continuous
 from nelbo.derivation.denoisers import (
     Exact,
     called,
@@ -25,7 +26,7 @@ from nelbo.derivation.denoisers import (
     two_modes,
 )
 from nelbo.derivation.identity import Erratum, Identity, Line
-from nelbo.objectives import Continuous, noise_error
+from nelbo.objectives import noise_error
 from nelbo.schedules import LogSNRLinear
 
 LOG_PROB = "nelbo.data.mixture.GaussianMixture.log_prob"
@@ -65,7 +66,7 @@ class ContinuousTime(Identity):
         "exact denoiser makes the exact reverse process and the bound has no gap.",
         "The objective draws t uniformly and weighs the error by 1/2 (-lambda'(t)).",
     )
-    functions = ("nelbo.objectives.Continuous", LOG_PROB)
+    functions = ("nelbo.continuous.Continuous", LOG_PROB)
     source = "Kingma et al. 2021, eq. 17, 18"
 
     def lines(self, seed: int) -> list[Line]:

@@ -100,7 +100,7 @@ class Unbiased(Identity):
         "has the law p; the members of a batch depend on each other, their means do not.",
         "Here the kernels are exact, so that the bound is known: H(q) + KL(q(x_N)||pi).",
     )
-    functions = (VLB, MOMENT, "nelbo.objectives.low_discrepancy", "nelbo.quadrature.kl")
+    functions = (VLB, MOMENT, "nelbo.timesampling.ladder", "nelbo.quadrature.kl")
     source = "Nichol, Dhariwal 2021, section 3.3; Kingma et al. 2021, appendix I.1"
 
     def lines(self, seed: int) -> list[Line]:

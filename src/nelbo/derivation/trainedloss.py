@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from nelbo.bound import pair_term
+from nelbo.continuous import Continuous
 from nelbo.derivation.identity import Line
 from nelbo.derivation.trained import Trained
 from nelbo.derivation.trainedchain import BOUND, KERNEL, PAIR, POSTERIOR, Said, paired
 from nelbo.distributions import per_example
-from nelbo.objectives import Continuous, Hybrid, Mean, Objective, Simple, Vlb
+from nelbo.objectives import Hybrid, Mean, Objective, Simple, Vlb
 from nelbo.parameterizations import GaussianParameterization, with_variance
 from nelbo.processes.gaussian import Gaussian
 from nelbo.randomness import seeded

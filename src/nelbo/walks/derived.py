@@ -29,7 +29,7 @@ from nelbo.derivation.trainedchain import Said
 from nelbo.derivation.trainedgame import Players
 from nelbo.errors import UsageError
 from nelbo.gan import Game
-from nelbo.objectives import Augmented
+from nelbo.losses import Augmented
 from nelbo.randomness import seeded
 from nelbo.recipes.recipe import Recipe
 from nelbo.reverse import strided
