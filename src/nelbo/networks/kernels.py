@@ -6,8 +6,8 @@ Per example, μ and v are taken over a group of channels and all positions (Wu a
 U-Net does this before nearly every convolution, and it moves more memory than any other part of
 it: written out it reads x for μ and v, reads it again, writes the normalised array, reads that and
 writes the activated one. `Plain` is written in torch's own functions, works everywhere, and is
-what every other implementation is tested to equal. Attention, maps of single positions and the
-doubling of the resolution can be replaced in the same way.
+what every other implementation is tested to equal. Attention and the doubling of the resolution
+can be replaced in the same way.
 """
 
 from __future__ import annotations
@@ -52,10 +52,6 @@ class Kernels(ABC):
         q, k, v = every.view(batch, 3, heads, -1, height * width).permute(1, 0, 2, 4, 3)
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(2, 3)
         return mixed.reshape(batch, -1, height, width)
-
-    def mapped(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """A linear map of the channels at every position, (B, C, H, W) to (B, C', H, W)."""
-        return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
 
     def doubled(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
         """conv(each pixel of x repeated 2x2), conv 3x3 with padding 1."""

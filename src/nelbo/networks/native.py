@@ -222,12 +222,6 @@ class Native(Kernels):
         out: Tensor = Attend.apply(every, heads)
         return out
 
-    def mapped(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        if not _able(x):
-            return super().mapped(x, weight, bias)
-        # convolutions have all of the processor's instructions, products of matrices often not
-        return F.conv2d(x, weight[:, :, None, None], bias)
-
     def doubled(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
         if not _able(x):
             return super().doubled(x, conv)
