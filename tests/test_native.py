@@ -112,6 +112,20 @@ def test_attention_is_torch_in_float64(shape: tuple[int, ...]) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("shape", [(2, 64, 48, 8, 8), (3, 7, 21, 5, 3), (1, 1, 1, 1, 1)], ids=str)
+def test_a_map_of_positions_is_torch_in_float64(shape: tuple[int, ...]) -> None:
+    batch, wide, out, height, width = shape
+    torch.manual_seed(5)
+    wrt = [torch.randn(batch, wide, height, width), torch.randn(out, wide), torch.randn(out)]
+    wrt = [v.requires_grad_() for v in wrt]
+    over = torch.randn(batch, out, height, width).double()
+    there = exact(wrt)
+    expected = results(PLAIN.mapped(*there), over, there)
+    found = results(NATIVE.mapped(*wrt), over, wrt)
+    assert max(distances(found, expected)) < EXACT
+
+
+@needs_compiler
 @pytest.mark.parametrize("size", [(4, 4), (5, 3), (1, 1)], ids=str)
 def test_doubling_is_the_convolution_of_repeated_pixels(size: tuple[int, int]) -> None:
     torch.manual_seed(3)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from nelbo.errors import InputRefused
 from nelbo.networks.kernels import PLAIN, Kernels
@@ -66,12 +65,7 @@ class Attention(nn.Module):
         assert isinstance(last, nn.Linear)
         # one product of matrices instead of three
         weight, bias = torch.cat([m.weight for m in maps]), torch.cat([m.bias for m in maps])
-        every = _mapped(normed, weight, bias)
+        every = self.kernels.mapped(normed, weight, bias)
         mixed = self.kernels.attended(every, self.heads)
-        sum_: Tensor = x + _mapped(mixed, last.weight, last.bias)
+        sum_: Tensor = x + self.kernels.mapped(mixed, last.weight, last.bias)
         return sum_ if self.rescale == 1 else sum_ / self.rescale
-
-
-def _mapped(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A linear map of the channels at every position, (B, C, H, W) to (B, C', H, W)."""
-    return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)

@@ -53,6 +53,10 @@ class Kernels(ABC):
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(2, 3)
         return mixed.reshape(batch, -1, height, width)
 
+    def mapped(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """A linear map of the channels at every position, (B, C, H, W) to (B, C', H, W)."""
+        return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
+
     def doubled(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
         """conv(each pixel of x repeated 2x2), conv 3x3 with padding 1."""
         out: Tensor = conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

@@ -1,4 +1,4 @@
-r"""Normalisation and attention in C, and convolutions with less to do, for processors.
+r"""Normalisation and attention in C, and a convolution with less to do, for processors.
 
 **Normalisation.** torch's own is slow on channels-last images, its gradient most of all, and every
 further function is one more walk over an array that the cache has lost by then. `c/norm.c` takes
@@ -16,6 +16,8 @@ p computed again
 
     dv = pᵀ g,   ds_ij = p_ij (g_i·v_j − Σ_l p_il g_i·v_l),
     dq = ds k/√width,   dk = dsᵀ q/√width.
+
+Its products of matrices are our own, and serve the linear maps around it too.
 
 **Doubling.** A row of conv(repeated x) sees two rows of x through three rows of weights: w_0 and
 w_1 + w_2, or w_0 + w_1 and w_2. With these sums of weights it is the transpose of a 4x4
@@ -106,8 +108,11 @@ def _compiled(compiler: str) -> ctypes.CDLL:
     found.norm_backward.argtypes = [pointer] * 10 + [long] * 4 + [number]
     found.attention_forward.argtypes = [pointer] * 2 + [long] * 4
     found.attention_backward.argtypes = [pointer] * 3 + [long] * 4
-    for name in ("norm_forward", "norm_backward", "attention_forward", "attention_backward"):
-        getattr(found, name).restype = None
+    found.map_forward.argtypes = [pointer] * 4 + [long] * 4
+    found.map_backward.argtypes = [pointer] * 6 + [long] * 4
+    for part in ("norm", "attention", "map"):
+        for way in ("forward", "backward"):
+            getattr(found, f"{part}_{way}").restype = None
     return found
 
 
@@ -199,6 +204,30 @@ class Attend(torch.autograd.Function):
         return found, None
 
 
+class Map(torch.autograd.Function):
+    """A linear map of the channels at every position, float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """x (B, C, H, W), weight (C', C), bias (C',) -> (B, C', H, W), channels-last."""
+        x, weight = _last(x), weight.contiguous()
+        y = _last(x.new_empty(len(x), len(weight), *x.shape[2:]))
+        ctx.sizes = _sizes(x, x.shape[1], len(weight))
+        _call("map_forward", x, weight, bias, y, *ctx.sizes)
+        ctx.save_for_backward(x, weight)
+        return y
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """From dy (B, C', H, W) the gradients of x, weight and bias."""
+        x, weight = ctx.saved_tensors
+        dx, dweight = torch.empty_like(x), weight.new_empty(len(x), *weight.shape)
+        dbias = dweight.new_empty(dweight.shape[:2])
+        _call("map_backward", _last(dy), x, weight, dx, dweight, dbias, *ctx.sizes)
+        return dx, dweight.sum(0), dbias.sum(0)
+
+
 class Native(Kernels):
     """C for float32 arrays on a processor; everything else goes to torch's functions, by rule."""
 
@@ -221,6 +250,12 @@ class Native(Kernels):
             return super().attended(every, heads)
         out: Tensor = Attend.apply(every, heads)
         return out
+
+    def mapped(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        if not _able(x):
+            return super().mapped(x, weight, bias)
+        y: Tensor = Map.apply(x, weight, bias)
+        return y
 
     def doubled(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
         if not _able(x):

@@ -1,4 +1,4 @@
-/* softmax(q k^T / sqrt(width)) v and its gradient: see native.py.
+/* softmax(q k^T / sqrt(width)) v, linear maps of positions, and their gradients: see native.py.
 
    `all` is (examples, positions, 3, heads, width): q, k, v of a position lie together. ROWS queries
    at a time see every key, and their scores stay in the cache; for the gradient they are computed
@@ -142,5 +142,34 @@ void attention_backward(const float *dout, const float *all, float *dall, long e
             product(d, 1, positions, q_at, line, dk, line, positions, width, rows, at > 0);
         }
         free(kt);
+    }
+}
+
+/* x (examples, positions, in), weight (out, in), bias (out) -> y = x weight^T + bias */
+void map_forward(const float *x, const float *weight, const float *bias, float *y, long examples,
+                 long positions, long in, long out) {
+    float *turned = malloc(4 * in * out);
+    turn(weight, in, turned, out, in, 1);
+#pragma omp parallel for
+    for (long e = 0; e < examples; e++) {
+        float *to = y + e * positions * out;
+        for (long l = 0; l < positions; l++) memcpy(to + l * out, bias, 4 * out);
+        product(x + e * positions * in, in, 1, turned, out, to, out, positions, out, in, 1);
+    }
+    free(turned);
+}
+
+/* dweights (examples, out, in), dbiases (examples, out): to be summed */
+void map_backward(const float *dy, const float *x, const float *weight, float *dx, float *dweights,
+                  float *dbiases, long examples, long positions, long in, long out) {
+#pragma omp parallel for
+    for (long e = 0; e < examples; e++) {
+        const float *g = dy + e * positions * out, *from = x + e * positions * in;
+        float *dbias = dbiases + e * out;
+        product(g, out, 1, weight, in, dx + e * positions * in, in, positions, in, out, 0);
+        product(g, 1, out, from, in, dweights + e * out * in, in, out, in, positions, 0);
+        memcpy(dbias, g, 4 * out);
+        for (long l = 1; l < positions; l++)
+            for (long i = 0; i < out; i++) dbias[i] += g[l * out + i];
     }
 }
