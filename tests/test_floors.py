@@ -50,6 +50,7 @@ _FLOORS = {
     "networks.attention": (1, 1),
     "networks.unet_config": (1, 0),
     "networks.kernels": (1, 0),
+    "networks.c_library": (1, 0),
     "networks.triton_norm": (1, 1),
     "networks.native": (1, 1),
     "networks.unet_blocks": (1, 2),

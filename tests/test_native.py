@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from nelbo.errors import InputRefused
 from nelbo.networks import native
+from nelbo.networks.c_library import library
 from nelbo.networks.kernels import PLAIN
 from nelbo.networks.native import NATIVE, Attend, Norm, fuse, obstacle
 from nelbo.networks.unet import UNet
@@ -196,21 +197,38 @@ def test_extremes() -> None:
 
 
 @needs_compiler
-def test_what_is_not_float32_goes_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    network = small()
+def test_bfloat16_is_float32_but_for_rounding() -> None:
+    network, there = small(), small().double()
+    fuse(network, "cpu")
+    x, t = torch.randn(3, 3, 8, 8), torch.tensor([3.0, 500.0, 999.0])
+    expected = there(x.double(), t)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = network(x, t)
+    assert found.dtype == torch.bfloat16
+    assert 1e-4 < far(found, expected) < 2e-2
+    found.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+
+
+@needs_compiler
+def test_float64_goes_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, plain = small(), small().double()
     fuse(network, "cpu")
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([1.0, 2.0])
 
     def refused(*_: Any) -> None:
         raise AssertionError("a kernel in C was called")
 
-    monkeypatch.setattr(native, "_call", refused)
-    with pytest.raises(AssertionError):
+    monkeypatch.setattr(native, "call", refused)
+    with pytest.raises(AssertionError, match="was called"):
         network(x, t)
-    with torch.autocast("cpu", torch.bfloat16):
-        network(x, t)
-    plain = small().double()
     assert torch.equal(network.double()(x.double(), t), plain(x.double(), t))
+
+
+@needs_compiler
+def test_other_numbers_are_not_read_as_float32() -> None:
+    with pytest.raises(AssertionError, match="float32 in memory"):
+        Attend.apply(torch.randn(1, 3, 2, 2).double(), 1)
 
 
 @needs_compiler
@@ -225,10 +243,10 @@ def test_a_second_derivative_is_refused() -> None:
 
 @pytest.fixture
 def without_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    native._library.cache_clear()
+    library.cache_clear()
     yield monkeypatch
     monkeypatch.undo()
-    native._library.cache_clear()
+    library.cache_clear()
 
 
 def test_without_a_compiler_it_is_said(without_library: pytest.MonkeyPatch) -> None:

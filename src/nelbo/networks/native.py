@@ -23,10 +23,9 @@ Its products of matrices are our own, and serve the linear maps around it too.
 w_1 + w_2, or w_0 + w_1 and w_2. With these sums of weights it is the transpose of a 4x4
 convolution of stride 2: 16 products where there were 36.
 
-The source is compiled by the machine's own compiler (`cc`, or what CC names), for this very
-processor, when it is first asked for, and kept in the user's cache; its threads are torch's.
-`obstacle` says what stands in the way where it cannot be; nothing is chosen in silence. It
-differentiates once: `Plain` is its twin, and the way to second derivatives.
+bfloat16 arrays are computed in float32 and rounded: torch's own normalisation of them is slower.
+`obstacle` says what stands in the way where C cannot be compiled; nothing is chosen in silence.
+All of it differentiates once: `Plain` is its twin, and the way to second derivatives.
 
 References:
     Wu, He 2018, Group normalization, eq. 1-4. Vaswani et al. 2017, eq. 1.
@@ -35,16 +34,6 @@ References:
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,88 +42,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from nelbo.errors import InputRefused
+from nelbo.networks.c_library import call, library
 from nelbo.networks.kernels import Act, Kernels
-
-FOLDER = Path(__file__).with_name("c")
-PARTS = ("norm", "attention")
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
-SECONDS = 120
-"""How long the compiler may take."""
-
-
-def _made(compiler: str, folder: Path) -> Path:
-    objects = [str(folder / f"{part}.o") for part in PARTS]
-    commands = [
-        [compiler, *FLAGS, "-c", str(FOLDER / f"{part}.c"), "-o", made]
-        for part, made in zip(PARTS, objects, strict=True)
-    ]
-    library = folder / "native.so"
-    # linked without -fopenmp, so that the threads are those of the OpenMP that torch has loaded
-    commands.append([compiler, "-shared", *objects, "-lm", "-o", str(library)])
-    for command in commands:
-        subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)
-    return library
-
-
-def _place(compiler: str) -> Path:
-    """Where the library of this source, compiler and processor is kept."""
-    told = hashlib.sha256()
-    for path in sorted(FOLDER.iterdir()):
-        told.update(path.read_bytes())
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    kinds = sorted(
-        {line for line in lines if line.startswith(("model name", "flags", "Features"))}
-    )
-    told.update("\n".join([compiler, *FLAGS, platform.machine(), *kinds]).encode())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "nelbo" / f"native-{told.hexdigest()[:16]}.so"
-
-
-def _processor() -> list[str]:
-    """What the machine says of its processors, each thing once."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
-
-
-def _compiled(compiler: str) -> ctypes.CDLL:
-    place = _place(compiler)
-    if not place.exists():
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=place.parent) as folder:
-            os.replace(_made(compiler, Path(folder)), place)
-    found = ctypes.CDLL(str(place))
-    long, pointer, number = ctypes.c_long, ctypes.c_void_p, ctypes.c_int
-    found.norm_forward.argtypes = [pointer] * 7 + [long] * 4 + [ctypes.c_double, number]
-    found.norm_backward.argtypes = [pointer] * 10 + [long] * 4 + [number]
-    found.attention_forward.argtypes = [pointer] * 2 + [long] * 4
-    found.attention_backward.argtypes = [pointer] * 3 + [long] * 4
-    found.map_forward.argtypes = [pointer] * 4 + [long] * 4
-    found.map_backward.argtypes = [pointer] * 6 + [long] * 4
-    for part in ("norm", "attention", "map"):
-        for way in ("forward", "backward"):
-            getattr(found, f"{part}_{way}").restype = None
-    return found
-
-
-@functools.cache
-def _library() -> tuple[ctypes.CDLL | None, str]:
-    """The library, or None and what stands in the way."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if sys.platform != "linux" or compiler is None:
-        return None, "it needs Linux and a C compiler named cc, or by CC"
-    try:
-        return _compiled(compiler), ""
-    except (subprocess.SubprocessError, OSError) as error:
-        said = getattr(error, "stderr", None) or str(error).encode()
-        return None, f"{compiler}: {said.decode(errors='replace').strip()[:200]}"
-
-
-def _call(name: str, *arguments: Any) -> None:
-    library, reason = _library()
-    if library is None:
-        raise InputRefused(f"kernels in C were asked for: {reason}")
-    values = (a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
-    getattr(library, name)(*values)
 
 
 def _last(x: Tensor) -> Tensor:
@@ -164,7 +73,7 @@ class Norm(torch.autograd.Function):
         y = torch.empty_like(x)
         mean, root = x.new_empty(x.shape[:2]), x.new_empty(x.shape[:2])
         sizes = _sizes(x, x.shape[1], groups)
-        _call("norm_forward", x, shift, gain, bias, y, mean, root, *sizes, eps, silu)
+        call("norm_forward", x, shift, gain, bias, y, mean, root, *sizes, eps, silu)
         ctx.save_for_backward(x, gain, bias, mean, root)
         ctx.sizes, ctx.silu, ctx.shifted = sizes, silu, shift is not None
         return y
@@ -175,7 +84,7 @@ class Norm(torch.autograd.Function):
         """From dy (B, C, H, W) the gradients of x, shift, gain and bias."""
         saved = ctx.saved_tensors
         dx, rows = torch.empty_like(saved[0]), [torch.empty_like(saved[-1]) for _ in range(3)]
-        _call("norm_backward", _last(dy), *saved, dx, *rows, *ctx.sizes, ctx.silu)
+        call("norm_backward", _last(dy), *saved, dx, *rows, *ctx.sizes, ctx.silu)
         shift, gain, bias = rows
         return dx, shift if ctx.shifted else None, gain.sum(0), bias.sum(0), None, None, None
 
@@ -190,7 +99,7 @@ class Attend(torch.autograd.Function):
         channels = every.shape[1] // 3
         out = _last(every.new_empty(len(every), channels, *every.shape[2:]))
         ctx.sizes = _sizes(every, heads, channels // heads)
-        _call("attention_forward", every, out, *ctx.sizes)
+        call("attention_forward", every, out, *ctx.sizes)
         ctx.save_for_backward(every)
         return out
 
@@ -200,7 +109,7 @@ class Attend(torch.autograd.Function):
         """From dy (B, C, H, W) the gradient of the argument."""
         (every,) = ctx.saved_tensors
         found = torch.empty_like(every)
-        _call("attention_backward", _last(dy), every, found, *ctx.sizes)
+        call("attention_backward", _last(dy), every, found, *ctx.sizes)
         return found, None
 
 
@@ -213,7 +122,7 @@ class Map(torch.autograd.Function):
         x, weight = _last(x), weight.contiguous()
         y = _last(x.new_empty(len(x), len(weight), *x.shape[2:]))
         ctx.sizes = _sizes(x, x.shape[1], len(weight))
-        _call("map_forward", x, weight, bias, y, *ctx.sizes)
+        call("map_forward", x, weight, bias, y, *ctx.sizes)
         ctx.save_for_backward(x, weight)
         return y
 
@@ -224,12 +133,12 @@ class Map(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         dx, dweight = torch.empty_like(x), weight.new_empty(len(x), *weight.shape)
         dbias = dweight.new_empty(dweight.shape[:2])
-        _call("map_backward", _last(dy), x, weight, dx, dweight, dbias, *ctx.sizes)
+        call("map_backward", _last(dy), x, weight, dx, dweight, dbias, *ctx.sizes)
         return dx, dweight.sum(0), dbias.sum(0)
 
 
 class Native(Kernels):
-    """C for float32 arrays on a processor; everything else goes to torch's functions, by rule."""
+    """C for float32 and bfloat16 on a processor; all else goes to torch's functions, by rule."""
 
     name = "native"
 
@@ -248,11 +157,12 @@ class Native(Kernels):
     def attended(self, every: Tensor, heads: int) -> Tensor:
         if not _able(every):
             return super().attended(every, heads)
-        out: Tensor = Attend.apply(every, heads)
-        return out
+        out: Tensor = Attend.apply(every.float(), heads)
+        return out.to(every.dtype)
 
     def mapped(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        if not _able(x):
+        # in bfloat16 torch's products are the faster ones
+        if not _able(x) or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
             return super().mapped(x, weight, bias)
         y: Tensor = Map.apply(x, weight, bias)
         return y
@@ -268,15 +178,16 @@ class Native(Kernels):
 
 
 def _able(x: Tensor, act: Act = F.silu) -> bool:
-    here = x.device.type == "cpu" and x.dtype == torch.float32
-    known = act is F.silu or isinstance(act, nn.SiLU | nn.Identity)
-    return here and known and not torch.is_autocast_enabled("cpu")
+    here = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+    return here and (act is F.silu or isinstance(act, nn.SiLU | nn.Identity))
 
 
 def _normed(x: Tensor, shift: Tensor | None, norm: nn.GroupNorm, act: Act) -> Tensor:
     silu = not isinstance(act, nn.Identity)
-    y: Tensor = Norm.apply(x, shift, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
-    return y
+    there = None if shift is None else shift.float()
+    gain, bias = norm.weight.float(), norm.bias.float()
+    y: Tensor = Norm.apply(x.float(), there, gain, bias, norm.num_groups, norm.eps, silu)
+    return y.to(x.dtype)
 
 
 NATIVE = Native()
@@ -286,7 +197,7 @@ def obstacle(device: str | torch.device) -> str | None:
     """What stands in the way of the kernels in C on a device; None if nothing does."""
     if torch.device(device).type != "cpu":
         return f"they run on processors, not on {torch.device(device).type}"
-    return _library()[1] or None
+    return library()[1] or None
 
 
 def fuse(network: nn.Module, device: str | torch.device) -> int:
