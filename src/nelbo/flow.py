@@ -165,10 +165,11 @@ def probed_trace(y: Tensor, x: Tensor, probes: Tensor) -> Tensor:
 
 def _products(y: Tensor, x: Tensor, vectors: Tensor) -> Tensor:
     """(m, B, d) vectors times the Jacobian of every example; the graph is kept for more."""
-    if len(vectors) == 1:
-        seed = vectors[0].reshape(y.shape)
-        (found,) = torch.autograd.grad(y, x, seed, retain_graph=True)
-        return found.flatten(1)[None]
     seeds = vectors.reshape(len(vectors), *y.shape)
+    if x.dim() > 2:
+        # what maps over a batch of gradients knows neither the order of channels that images have
+        # in a network, nor its kernels
+        rows = [torch.autograd.grad(y, x, seed, retain_graph=True)[0] for seed in seeds]
+        return torch.stack(rows).flatten(2)
     (found,) = torch.autograd.grad(y, x, seeds, retain_graph=True, is_grads_batched=True)
     return found.flatten(2)

@@ -1,4 +1,4 @@
-"""How a network is computed: fused kernels, algorithms chosen by trial, compilation.
+"""How a network is computed: kernels of our own, algorithms chosen by trial, compilation.
 
 None of it changes a tensor, a name or what is computed, only how; results differ by rounding.
 """
@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from nelbo.errors import UsageError
-from nelbo.networks.triton_norm import fuse, obstacle
+from nelbo.networks import native, triton_norm
 
-KERNELS = ("auto", "plain", "triton")
+KERNELS = ("auto", "plain", "triton", "native")
 
 
 def prepared(
@@ -25,12 +25,13 @@ def prepared(
     """Make a network fast on a device, in place; a sentence that says what was done.
 
     Arguments:
-        kernels: "plain", "triton", or "auto": triton where it can run, else plain, and why.
+        kernels: "plain", "triton" (CUDA), "native" (C, on a processor), or "auto": the one of the
+            device where it can run, else plain, and why.
         compiled: torch.compile.
         graphs: with compiled, on CUDA: replay the kernels of a shape as one graph. Every gradient
             lives until the next forward call only, so a batch must not be split.
     Raises:
-        InputRefused: triton was asked for and cannot run on the device.
+        InputRefused: triton or native was asked for and cannot run on the device.
         UsageError: no such kernels.
     """
     if kernels not in KERNELS:
@@ -38,14 +39,25 @@ def prepared(
     if torch.device(device).type == "cuda":
         # shapes are fixed in training: trying the algorithms of a convolution pays at once
         torch.backends.cudnn.benchmark = True
-    said = "kernels: plain"
-    reason = obstacle(device) if kernels == "auto" else None
-    if reason is not None:
-        said += f" (triton: {reason})"
-    elif kernels != "plain":
-        said = f"kernels: triton in {fuse(network, device)} places"
+    said = f"kernels: {_fused(network, torch.device(device), kernels, compiled)}"
     if compiled:
         replayed = graphs and torch.device(device).type == "cuda"
         network.compile(mode="reduce-overhead" if replayed else None)
         said += ", compiled, replayed as a graph" if replayed else ", compiled"
     return said
+
+
+def _fused(network: nn.Module, device: torch.device, kernels: str, compiled: bool) -> str:
+    # the compiler cannot look into C, and what it makes of torch's functions has no such need
+    whole = compiled and device.type == "cpu"
+    wanted = kernels
+    if kernels == "auto":
+        wanted = "triton" if device.type == "cuda" else "native"
+    maker = {"triton": triton_norm, "native": native}.get(wanted)
+    if maker is None or not any(hasattr(part, "kernels") for part in network.modules()):
+        return "plain"
+    if kernels == "auto":
+        reason = "the network is compiled" if whole else maker.obstacle(device)
+        if reason is not None:
+            return f"plain ({wanted}: {reason})"
+    return f"{wanted} in {maker.fuse(network, device)} places"

@@ -8,13 +8,11 @@ layer: Ho et al., 2020).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nelbo.errors import InputRefused
+from nelbo.networks.kernels import PLAIN, Kernels
 
 
 class Attention(nn.Module):
@@ -48,6 +46,8 @@ class Attention(nn.Module):
                 f"choose at most {channels}"
             )
         self.rescale = rescale
+        self.act = nn.Identity()
+        self.kernels: Kernels = PLAIN
         inner = self.heads * head_dim
         self.group_norm = None if groups is None else nn.GroupNorm(groups, channels, eps=eps)
         self.to_q = nn.Linear(channels, inner)
@@ -58,18 +58,14 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix the positions of x, (B, C, H, W)."""
-        normed = x if self.group_norm is None else self.group_norm(x)
-        tokens = normed.flatten(2).transpose(1, 2)
-        q, k, v = self._projected(tokens)
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        out: Tensor = self.to_out[0](mixed).transpose(1, 2).reshape(x.shape)
-        sum_: Tensor = x + out
-        return sum_ if self.rescale == 1 else sum_ / self.rescale
-
-    def _projected(self, tokens: Tensor) -> Iterable[Tensor]:
-        """q, k, v, each (B, heads, L, head_dim), by one product of matrices instead of three."""
-        maps = (self.to_q, self.to_k, self.to_v)
+        normed = x
+        if self.group_norm is not None:
+            normed = self.kernels.normalised(x, self.group_norm, self.act)
+        maps, last = (self.to_q, self.to_k, self.to_v), self.to_out[0]
+        assert isinstance(last, nn.Linear)
+        # one product of matrices instead of three
         weight, bias = torch.cat([m.weight for m in maps]), torch.cat([m.bias for m in maps])
-        batch, length, _ = tokens.shape
-        every = F.linear(tokens, weight, bias).reshape(batch, length, 3, self.heads, -1)
-        return every.permute(2, 0, 3, 1, 4)
+        every = self.kernels.mapped(normed, weight, bias)
+        mixed = self.kernels.attended(every, self.heads)
+        sum_: Tensor = x + self.kernels.mapped(mixed, last.weight, last.bias)
+        return sum_ if self.rescale == 1 else sum_ / self.rescale

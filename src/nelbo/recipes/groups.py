@@ -88,8 +88,8 @@ class Training(Course):
     """Compute the network in bfloat16 (autocast); official figures are float32 all the same."""
     compile: bool = False
     """Compile the network (torch.compile)."""
-    kernels: Literal["auto", "plain", "triton"] = "auto"
-    """How normalisation and activation are computed: auto takes the fused kernel where it runs."""
+    kernels: Literal["auto", "plain", "triton", "native"] = "auto"
+    """How a U-Net is computed: auto takes triton on a GPU and native, C, elsewhere, if it runs."""
     graphs: Literal["auto", "update", "network", "none"] = "auto"
     """On a GPU, what is recorded once as a CUDA graph and replayed: a whole update, the compiled
     network; auto, with --compile: the update where that can be, else the network."""

@@ -23,6 +23,7 @@ from nelbo.recipes.families import DIFFUSION, Run, restored
 from nelbo.recipes.groups import Options
 from nelbo.recipes.recipe import Subject
 from nelbo.rundir import RunDirectory
+from nelbo.speed import prepared
 
 PLAYER = "model"
 
@@ -108,6 +109,7 @@ def open_run(path: Path, which: str = "newest", device: str = "cpu") -> Stored:
     checkpoint.check_tensors(state, recipe.model.state_dict(), where)
     recipe.model.load_state_dict(state)
     recipe.model.to(device).eval()
+    prepared(recipe.model.network, device, kernels=options.kernels)
     return Stored(directory, recipe, step, loaded.info, keeps=distributed.is_main())
 
 

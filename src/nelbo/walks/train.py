@@ -179,6 +179,8 @@ def trainer_of(recipe: Recipe, device: str) -> Trainer:
     )
     if device != "cpu":
         console.say(f"{done}; {way.said}")
+    elif done != "kernels: plain":
+        console.say(done)
 
     mine = distributed.rows_of(options.batch, options.accumulation)
 
