@@ -165,10 +165,7 @@ def probed_trace(y: Tensor, x: Tensor, probes: Tensor) -> Tensor:
 
 def _products(y: Tensor, x: Tensor, vectors: Tensor) -> Tensor:
     """(m, B, d) vectors times the Jacobian of every example; the graph is kept for more."""
-    if len(vectors) == 1:
-        seed = vectors[0].reshape(y.shape)
-        (found,) = torch.autograd.grad(y, x, seed, retain_graph=True)
-        return found.flatten(1)[None]
+    # one by one: torch cannot batch the gradient of a normalisation of channels-last images
     seeds = vectors.reshape(len(vectors), *y.shape)
-    (found,) = torch.autograd.grad(y, x, seeds, retain_graph=True, is_grads_batched=True)
-    return found.flatten(2)
+    found = [torch.autograd.grad(y, x, seed, retain_graph=True)[0] for seed in seeds]
+    return torch.stack(found).flatten(2)

@@ -173,7 +173,7 @@ def trainer_of(recipe: Recipe, device: str) -> Trainer:
         compiled=options.compile,
         graphs=options.accumulation == 1 and distributed.world_size() == 1,
     )
-    if device != "cpu" or done != "kernels: plain":
+    if done != "kernels: plain" and not options.quiet:
         console.say(done)
 
     mine = distributed.rows_of(options.batch, options.accumulation)
