@@ -31,6 +31,8 @@ from nelbo.walks.measuring import Request, measure
 
 CLOSE = 1e-6
 SMALL = {"channels": 16, "multipliers": (1,), "layers": 1, "attention": (), "threads": 1}
+# kernels in C round otherwise, and at this seed an update makes 1e-5 of a rounding
+SMALL |= {"kernels": "plain"}
 
 
 @pytest.fixture(scope="module")

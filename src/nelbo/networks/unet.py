@@ -128,8 +128,10 @@ class UNet(nn.Module):
         self._check(x_t)
         embedded = self.act(self._embed(x_t, t, cond))
         x = 2 * x_t - 1 if self.settings.center_input_sample else x_t
-        # channels last: a convolution reads neighbours as one run and keeps the format
-        x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
+        # channels last: a convolution reads neighbours as one run and keeps the format, which one
+        # channel alone does not have
+        last = torch.channels_last
+        x = self.conv_in(x.contiguous(memory_format=last)).contiguous(memory_format=last)
         states = [x]
         for down in self.down_blocks:
             states += down(states[-1], embedded)

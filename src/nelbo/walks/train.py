@@ -86,7 +86,9 @@ def _begin(directory: RunDirectory, options: Run, arguments: list[str]) -> Train
         directory.open()
         distributed.on_main(directory.lock)
         own = options_of(directory)
-        read = dataclasses.replace(own, cache=options.cache, ahead=options.ahead)
+        read = dataclasses.replace(
+            own, cache=options.cache, ahead=options.ahead, quiet=options.quiet
+        )
         training = _made(dataclasses.replace(read, shard=options.shard))
         check_data(directory, training.dataset)
         _check_ranks(training)
@@ -177,10 +179,9 @@ def trainer_of(recipe: Recipe, device: str) -> Trainer:
         compiled=options.compile,
         graphs=way.network,
     )
-    if device != "cpu":
-        console.say(f"{done}; {way.said}")
-    elif done != "kernels: plain":
-        console.say(done)
+    said = done if device == "cpu" else f"{done}; {way.said}"
+    if said != "kernels: plain" and not options.quiet:
+        console.say(said)
 
     mine = distributed.rows_of(options.batch, options.accumulation)
 
