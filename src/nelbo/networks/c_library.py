@@ -51,11 +51,7 @@ def _place(compiler: str) -> Path:
     told = hashlib.sha256()
     for path in sorted(FOLDER.iterdir()):
         told.update(path.read_bytes())
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    kinds = sorted(
-        {line for line in lines if line.startswith(("model name", "flags", "Features"))}
-    )
-    told.update("\n".join([compiler, *FLAGS, platform.machine(), *kinds]).encode())
+    told.update("\n".join([compiler, *FLAGS, platform.machine(), *_processor()]).encode())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "nelbo" / f"native-{told.hexdigest()[:16]}.so"
 
