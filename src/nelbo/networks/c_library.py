@@ -51,11 +51,7 @@ def _place(compiler: str) -> Path:
     told = hashlib.sha256()
     for path in sorted(FOLDER.iterdir()):
         told.update(path.read_bytes())
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    kinds = sorted(
-        {line for line in lines if line.startswith(("model name", "flags", "Features"))}
-    )
-    told.update("\n".join([compiler, *FLAGS, platform.machine(), *kinds]).encode())
+    told.update("\n".join([compiler, *FLAGS, platform.machine(), *_processor()]).encode())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "nelbo" / f"native-{told.hexdigest()[:16]}.so"
 
@@ -94,7 +90,7 @@ def library() -> tuple[ctypes.CDLL | None, str]:
         return None, "it needs Linux and a C compiler named cc, or by CC"
     try:
         return _compiled(compiler), ""
-    except (subprocess.SubprocessError, OSError) as error:
+    except (subprocess.SubprocessError, OSError, RuntimeError, AttributeError) as error:
         said = getattr(error, "stderr", None) or str(error).encode()
         return None, f"{compiler}: {said.decode(errors='replace').strip()[:200]}"
 
