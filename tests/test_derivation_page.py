@@ -83,6 +83,13 @@ def test_every_common_error_is_listed_once() -> None:
     assert sorted(listed, key=lambda e: int(e[1:])) == [f"E{i}" for i in range(1, 50)]
 
 
+def test_no_formula_has_a_macro_that_github_refuses() -> None:
+    formulas = [one.latex for one in chain.IDENTITIES]
+    refused = re.compile(r"\\(?:operatorname|mbox|phantom|def|newcommand)\b")
+    assert refused.search(r"\operatorname{tr}")
+    assert not [latex for latex in formulas if refused.search(latex)]
+
+
 def test_the_document_cites_papers_and_no_file() -> None:
     text = page.markdown(*everything())
     assert ".txt" not in text and "MATH.md" not in text

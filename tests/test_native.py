@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nelbo.errors import InputRefused
-from nelbo.networks import native
+from nelbo.networks import c_library, native
 from nelbo.networks.c_library import library
 from nelbo.networks.kernels import PLAIN
 from nelbo.networks.native import NATIVE, Attend, Norm, fuse, obstacle
@@ -268,6 +269,28 @@ def test_a_compiler_that_fails_is_quoted(
     without_library.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert prepared(small(), "cpu").endswith(f"(native: {failing}: no such option)")
     assert not list((tmp_path / "nelbo").iterdir())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="nothing is compiled elsewhere")
+def test_a_library_of_another_kind_is_no_crash(
+    without_library: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    stray = tmp_path / "stray.so"
+    source = tmp_path / "stray.c"
+    source.write_text("int other(void) { return 1; }\n")
+    subprocess.run(["cc", "-shared", "-fPIC", str(source), "-o", str(stray)], check=True)
+    without_library.setattr(c_library, "_place", lambda _: stray)
+    assert "norm_forward" in prepared(small(), "cpu")
+
+
+def test_without_a_home_it_is_said(without_library: pytest.MonkeyPatch) -> None:
+    def homeless() -> None:
+        raise RuntimeError("Could not determine home directory.")
+
+    without_library.delenv("XDG_CACHE_HOME", raising=False)
+    without_library.setattr("pathlib.Path.home", homeless)
+    without_library.setattr("shutil.which", lambda _: "/usr/bin/cc")
+    assert "home directory" in prepared(small(), "cpu")
 
 
 def test_devices_and_compilation(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,7 @@ class ProbabilityFlow(Identity):
     latex = (
         r"\frac{dx}{d\lambda} = \tfrac12(l\,x - \sqrt l\,\hat\varepsilon),\quad "
         r"\log p(x_{\lambda_1}) = \log N(x_{\lambda_N};0,I)"
-        r" + \int_{\lambda_1}^{\lambda_N}\operatorname{div}\,d\lambda"
+        r" + \int_{\lambda_1}^{\lambda_N}\mathrm{div}\;d\lambda"
     )
     text = "dx/dlambda = (l x - sqrt(l) eps)/2; log p(x_1) = log N(x_N; 0, I) + integral of div"
     assumes = "a model of its own, not the p whose bound is L; exact at both ends of the flow"
@@ -124,7 +124,7 @@ class Probes(Identity):
     name = "probes"
     title = "A random sign vector gives the trace of a Jacobian without the Jacobian"
     latex = (
-        r"\operatorname{tr}J = E\,z^{\mathsf T}Jz,\qquad \operatorname{Var} = "
+        r"\mathrm{tr}\,J = E\,z^{\mathsf T}Jz,\qquad \mathrm{Var} = "
         r"2\Big(\|S\|_F^2 - \sum_i S_{ii}^2\Big),\quad S = \tfrac12(J+J^{\mathsf T})"
     )
     text = "tr J = E z'Jz for signs z; variance 2 (|S|^2 - sum S_ii^2); for normal z 2 |S|^2"

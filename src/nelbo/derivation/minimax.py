@@ -181,7 +181,7 @@ class BestDiscriminator(Identity):
     id = "I28"
     name = "best-discriminator"
     title = "The best discriminator is p/(p + g)"
-    latex = r"D^*(x) = \frac{p(x)}{p(x)+g(x)},\qquad \operatorname{logit} D^* = \log p - \log g"
+    latex = r"D^*(x) = \frac{p(x)}{p(x)+g(x)},\qquad \mathrm{logit}\, D^* = \log p - \log g"
     text = "D*(x) = p(x)/(p(x) + g(x)), its logit log p - log g"
     assumes = "D may be any function; where neither p nor g has mass, D is arbitrary"
     steps = (

@@ -115,7 +115,7 @@ def four_forms(t: Trained, q: Gaussian) -> Said:
                 total["data"],
                 "nelbo.reverse.Prediction.x_0",
             ),
-            ("1/2 expm1(l_s - l_t) ||eps - eps^||^2", total["noise"], NOISE),
+            ("1/2 expm1(λ_s - λ_t) ||eps - eps^||^2", total["noise"], NOISE),
             ("1/2 (snr_s - snr_t) l_t ||v - v^||^2", total["velocity"], NOISE),
             of="examples",
         )
@@ -140,7 +140,7 @@ def losses(t: Trained, q: Gaussian) -> Said:
     own = Simple(t.times)
     weighted = t.means(
         ("sum over pairs of E KL, variance beta~", total["divergence"], PAIR),
-        ("sum of 1/2 expm1(l_s - l_t) E ||eps - eps^||^2", total["noise"], NOISE),
+        ("sum of 1/2 expm1(λ_s - λ_t) E ||eps - eps^||^2", total["noise"], NOISE),
     )
     unweighted = t.means(
         ("L_simple, averaged over its time", _expected(own, t), _by(own)),

@@ -146,7 +146,7 @@ class EffectiveSize(Identity):
     latex = (
         r"E L_M + \log p_\theta \approx \frac{\chi^2}{2M},\quad "
         r"\mathrm{ESS} = \frac{(\sum w)^2}{\sum w^2} \approx \frac{M}{1+\chi^2},\quad "
-        r"\chi^2 = \frac{\operatorname{Var} w}{p_\theta^2}"
+        r"\chi^2 = \frac{\mathrm{Var}\,w}{p_\theta^2}"
     )
     text = "E L_M + log p = chi^2/(2M) + ..., (sum w)^2/(sum w^2) near M/(1 + chi^2)"
     assumes = "M large against chi^2; if log w is normal with variance v, E L_1 + log p = v/2"

@@ -90,7 +90,7 @@ def library() -> tuple[ctypes.CDLL | None, str]:
         return None, "it needs Linux and a C compiler named cc, or by CC"
     try:
         return _compiled(compiler), ""
-    except (subprocess.SubprocessError, OSError) as error:
+    except (subprocess.SubprocessError, OSError, RuntimeError, AttributeError) as error:
         said = getattr(error, "stderr", None) or str(error).encode()
         return None, f"{compiler}: {said.decode(errors='replace').strip()[:200]}"
 
