@@ -204,7 +204,7 @@ def main() -> int:
     parser.add_argument("--objective", choices=tuple(OBJECTIVES), default="vlb")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--kernels", choices=("auto", "plain", "triton"), default="auto")
+    parser.add_argument("--kernels", choices=("auto", "plain", "triton", "native"), default="auto")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0)

@@ -15,11 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
-from nelbo.data import files, index, part, statistics, survey
+from nelbo.data import files, part, statistics, survey
 from nelbo.data.base import Dataset
 from nelbo.data.part import Chosen, Lazy, head, pieces
 from nelbo.data.sources import arrays, images, open_path
 from nelbo.errors import InputRefused
+from nelbo.files import cache_folder
 
 PARTS = ("train", "validation", "test")
 
@@ -205,7 +206,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
 def test_where_indexes_lie(monkeypatch):
     monkeypatch.delenv("NELBO_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert index.cache_folder() == Path("/somewhere/nelbo")
+    assert cache_folder() == Path("/somewhere/nelbo")
 
 
 # --- memory ------------------------------------------------------------------------------------

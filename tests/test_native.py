@@ -253,7 +253,8 @@ def without_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPa
 def test_without_a_compiler_it_is_said(without_library: pytest.MonkeyPatch) -> None:
     without_library.setenv("CC", "no-such-compiler")
     said = prepared(small(), "cpu")
-    assert said == "kernels: plain (native: it needs Linux and a C compiler named cc, or by CC)"
+    reason = "it needs Linux and a C compiler; no-such-compiler is none, CC names another"
+    assert said == f"kernels: plain (native: {reason})"
     with pytest.raises(InputRefused, match="needs Linux and a C compiler"):
         prepared(small(), "cpu", kernels="native")
 
@@ -266,9 +267,20 @@ def test_a_compiler_that_fails_is_quoted(
     failing.write_text("#!/bin/sh\necho no such option >&2\nexit 1\n")
     failing.chmod(0o755)
     without_library.setenv("CC", str(failing))
-    without_library.setenv("XDG_CACHE_HOME", str(tmp_path))
+    without_library.setenv("NELBO_CACHE", str(tmp_path / "nelbo"))
     assert prepared(small(), "cpu").endswith(f"(native: {failing}: no such option)")
     assert not list((tmp_path / "nelbo").iterdir())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="nothing is compiled elsewhere")
+@pytest.mark.parametrize("content", [b"", b"cut short"])
+def test_a_library_that_was_cut_short_is_made_again(
+    without_library: pytest.MonkeyPatch, tmp_path: Any, content: bytes
+) -> None:
+    place = tmp_path / "native.so"
+    place.write_bytes(content)
+    without_library.setattr(c_library, "_place", lambda _: place)
+    assert prepared(small(), "cpu").startswith("kernels: native in")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="nothing is compiled elsewhere")
@@ -280,7 +292,23 @@ def test_a_library_of_another_kind_is_no_crash(
     source.write_text("int other(void) { return 1; }\n")
     subprocess.run(["cc", "-shared", "-fPIC", str(source), "-o", str(stray)], check=True)
     without_library.setattr(c_library, "_place", lambda _: stray)
-    assert "norm_forward" in prepared(small(), "cpu")
+    said = prepared(small(), "cpu")
+    assert "norm_forward: delete that file" in said and str(stray) in said
+
+
+def test_a_folder_that_cannot_be_written_is_named(
+    without_library: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    (tmp_path / "file").write_text("")
+    without_library.setenv("NELBO_CACHE", str(tmp_path / "file"))
+    said = prepared(small(), "cpu")
+    assert "NELBO_CACHE names another folder" in said and str(tmp_path) in said
+
+
+def test_a_network_without_such_parts(without_library: pytest.MonkeyPatch) -> None:
+    assert prepared(nn.Linear(2, 2), "cpu") == "kernels: plain"
+    with pytest.raises(InputRefused, match="parts of a U-Net, and this network has none"):
+        prepared(nn.Linear(2, 2), "cpu", kernels="native")
 
 
 def test_without_a_home_it_is_said(without_library: pytest.MonkeyPatch) -> None:
@@ -288,6 +316,7 @@ def test_without_a_home_it_is_said(without_library: pytest.MonkeyPatch) -> None:
         raise RuntimeError("Could not determine home directory.")
 
     without_library.delenv("XDG_CACHE_HOME", raising=False)
+    without_library.delenv("NELBO_CACHE", raising=False)
     without_library.setattr("pathlib.Path.home", homeless)
     without_library.setattr("shutil.which", lambda _: "/usr/bin/cc")
     assert "home directory" in prepared(small(), "cpu")

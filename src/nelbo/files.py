@@ -165,3 +165,19 @@ def sync_directory(directory: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: NELBO_CACHE, XDG_CACHE_HOME/nelbo or ~/.cache/nelbo.
+
+    Raises:
+        InputRefused: none is named, and the user has no home.
+    """
+    own = os.environ.get("NELBO_CACHE")
+    if own:
+        return Path(own)
+    root = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(root) if root else Path.home() / ".cache") / "nelbo"
+    except RuntimeError as error:
+        raise InputRefused("no home directory: name a folder by NELBO_CACHE") from error

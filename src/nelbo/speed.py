@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from nelbo.errors import UsageError
+from nelbo.errors import InputRefused, UsageError
 from nelbo.networks import native, triton_norm
 
 KERNELS = ("auto", "plain", "triton", "native")
@@ -31,7 +31,8 @@ def prepared(
         graphs: with compiled, on CUDA: replay the kernels of a shape as one graph. Every gradient
             lives until the next forward call only, so a batch must not be split.
     Raises:
-        InputRefused: triton or native was asked for and cannot run on the device.
+        InputRefused: triton or native was asked for and cannot run on the device, or the network
+            has nothing for them to do.
         UsageError: no such kernels.
     """
     if kernels not in KERNELS:
@@ -54,8 +55,15 @@ def _fused(network: nn.Module, device: torch.device, kernels: str, compiled: boo
     if kernels == "auto":
         wanted = "triton" if device.type == "cuda" else "native"
     maker = {"triton": triton_norm, "native": native}.get(wanted)
-    if maker is None or not any(hasattr(part, "kernels") for part in network.modules()):
+    if maker is None:
         return "plain"
+    if not any(hasattr(part, "kernels") for part in network.modules()):
+        if kernels == "auto":
+            return "plain"
+        raise InputRefused(
+            f"--kernels {kernels} computes parts of a U-Net, and this network has none: leave it "
+            "out"
+        )
     if kernels == "auto":
         reason = "the network is compiled" if whole else maker.obstacle(device)
         if reason is not None:

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from nelbo.files import hidden
+from nelbo.files import cache_folder, hidden
 
 SAMPLED = 256
 VERSION = 1
@@ -45,15 +45,6 @@ class Index:
     sums: np.ndarray
     about: dict[str, Any]
     more: dict[str, np.ndarray]
-
-
-def cache_folder() -> Path:
-    """Where indexes are kept."""
-    own = os.environ.get("NELBO_CACHE")
-    if own:
-        return Path(own)
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "nelbo"
 
 
 def recalled(key: dict[str, Any], agrees: Callable[[Index, np.ndarray], bool]) -> Index | None:

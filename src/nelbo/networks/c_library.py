@@ -13,6 +13,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from nelbo.errors import InputRefused
+from nelbo.files import cache_folder
 
 FOLDER = Path(__file__).with_name("c")
 PARTS = ("norm", "attention")
@@ -32,42 +34,44 @@ SECONDS = 120
 """How long the compiler may take."""
 
 
-def _made(compiler: str, folder: Path) -> Path:
+def _made(compiler: list[str], folder: Path) -> Path:
     objects = [str(folder / f"{part}.o") for part in PARTS]
     commands = [
-        [compiler, *FLAGS, "-c", str(FOLDER / f"{part}.c"), "-o", made]
+        [*compiler, *FLAGS, "-c", str(FOLDER / f"{part}.c"), "-o", made]
         for part, made in zip(PARTS, objects, strict=True)
     ]
     library = folder / "native.so"
     # linked without -fopenmp, so that the threads are those of the OpenMP that torch has loaded
-    commands.append([compiler, "-shared", *objects, "-lm", "-o", str(library)])
+    commands.append([*compiler, "-shared", *objects, "-lm", "-o", str(library)])
     for command in commands:
         subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)
     return library
 
 
-def _place(compiler: str) -> Path:
+def _place(compiler: list[str]) -> Path:
     """Where the library of this source, compiler and processor is kept."""
     told = hashlib.sha256()
     for path in sorted(FOLDER.iterdir()):
         told.update(path.read_bytes())
-    told.update("\n".join([compiler, *FLAGS, platform.machine(), *_processor()]).encode())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "nelbo" / f"native-{told.hexdigest()[:16]}.so"
-
-
-def _processor() -> list[str]:
-    """What the machine says of its processors, each thing once."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+    kinds = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
+    told.update("\n".join([*compiler, *FLAGS, platform.machine(), *sorted(kinds)]).encode())
+    return cache_folder() / f"native-{told.hexdigest()[:16]}.so"
 
 
-def _compiled(compiler: str) -> ctypes.CDLL:
-    place = _place(compiler)
-    if not place.exists():
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=place.parent) as folder:
-            os.replace(_made(compiler, Path(folder)), place)
+def _compiled(compiler: list[str], place: Path) -> ctypes.CDLL:
+    if place.exists():
+        try:
+            return _opened(place)
+        except OSError:
+            pass  # cut short: it is made again
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place.parent) as folder:
+        os.replace(_made(compiler, Path(folder)), place)
+    return _opened(place)
+
+
+def _opened(place: Path) -> ctypes.CDLL:
     found = ctypes.CDLL(str(place))
     long, pointer, number = ctypes.c_long, ctypes.c_void_p, ctypes.c_int
     found.norm_forward.argtypes = [pointer] * 7 + [long] * 4 + [ctypes.c_double, number]
@@ -85,14 +89,20 @@ def _compiled(compiler: str) -> ctypes.CDLL:
 @functools.cache
 def library() -> tuple[ctypes.CDLL | None, str]:
     """The library, or None and what stands in the way."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if sys.platform != "linux" or compiler is None:
-        return None, "it needs Linux and a C compiler named cc, or by CC"
+    compiler = shlex.split(os.environ.get("CC") or "cc")
+    if sys.platform != "linux" or shutil.which(compiler[0]) is None:
+        return None, f"it needs Linux and a C compiler; {compiler[0]} is none, CC names another"
     try:
-        return _compiled(compiler), ""
-    except (subprocess.SubprocessError, OSError, RuntimeError, AttributeError) as error:
-        said = getattr(error, "stderr", None) or str(error).encode()
-        return None, f"{compiler}: {said.decode(errors='replace').strip()[:200]}"
+        place = _place(compiler)
+        return _compiled(compiler, place), ""
+    except subprocess.CalledProcessError as error:
+        return None, f"{compiler[0]}: {error.stderr.decode(errors='replace').strip()[:200]}"
+    except (subprocess.SubprocessError, InputRefused) as error:
+        return None, str(error)
+    except AttributeError as error:
+        return None, f"{error}: delete that file"
+    except OSError as error:
+        return None, f"{error}; NELBO_CACHE names another folder"
 
 
 def call(name: str, *arguments: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from nelbo.errors import UsageError
 from nelbo.recipes.games import GAMES
-from nelbo.recipes.groups import Control, GameOptions, Options
+from nelbo.recipes.groups import Control, GameOptions, Options, Pace
 from nelbo.recipes.options import RECIPES
 
 DIFFUSION, GAME = "diffusion", "game"
@@ -20,7 +20,7 @@ Run = Options | GameOptions
 GAMES_FIRST = ("ring", "grid")
 """Recipes that are games unless --no-game is typed."""
 _TABLES: dict[str, dict[str, Any]] = {DIFFUSION: RECIPES, GAME: GAMES}
-_CONTROL = {f.name for f in dataclasses.fields(Control)}
+_CONTROL = {f.name for kind in (Control, Pace) for f in dataclasses.fields(kind)}
 
 
 def families(name: str) -> list[str]:
@@ -79,7 +79,7 @@ def flag_of(options: Run) -> list[str]:
 
 
 def stored(options: Run) -> dict[str, Any]:
-    """JSON-able fields that define the run (no `Control`)."""
+    """JSON-able fields that define the run (no `Control`, no `Pace`)."""
     values = {k: v for k, v in dataclasses.asdict(options).items() if k not in _CONTROL}
     return {k: str(v.absolute()) if isinstance(v, Path) else v for k, v in values.items()}
 

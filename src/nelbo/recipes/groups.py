@@ -1,7 +1,7 @@
 """Groups of options that recipes are made of: control, training, noise, process, network.
 
 The text under each field is its help. Nothing heavy is imported here. What describes the run is
-stored in its recipe.json; what describes only this start of it (`Control`) is not.
+stored in its recipe.json; what describes only this start of it (`Control`, `Pace`) is not.
 """
 
 from __future__ import annotations
@@ -37,6 +37,17 @@ class Control:
     """Print one JSON document on stdout instead of tables."""
     quiet: bool = False
     """No progress on stderr."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How this start computes a network; not part of what the run is, but for rounding."""
+
+    kernels: Literal["auto", "plain", "triton", "native"] = "auto"
+    """How a U-Net is computed: auto takes triton on a GPU and native, C, elsewhere, if it runs."""
+    graphs: Literal["auto", "update", "network", "none"] = "auto"
+    """On a GPU, what is recorded once as a CUDA graph and replayed: a whole update, the compiled
+    network; auto, with --compile: the update where that can be, else the network."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,11 +99,6 @@ class Training(Course):
     """Compute the network in bfloat16 (autocast); official figures are float32 all the same."""
     compile: bool = False
     """Compile the network (torch.compile)."""
-    kernels: Literal["auto", "plain", "triton", "native"] = "auto"
-    """How a U-Net is computed: auto takes triton on a GPU and native, C, elsewhere, if it runs."""
-    graphs: Literal["auto", "update", "network", "none"] = "auto"
-    """On a GPU, what is recorded once as a CUDA graph and replayed: a whole update, the compiled
-    network; auto, with --compile: the update where that can be, else the network."""
     validate_calls: int = 8
     """Network calls per validation example."""
     calls: int | None = 32
@@ -283,7 +289,7 @@ class RollData:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Start, Training):
+class Options(Start, Pace, Training):
     """What every recipe of a diffusion model has."""
 
 

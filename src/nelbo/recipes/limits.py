@@ -41,7 +41,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "probes": COUNT,
     "draws": COUNT,
     "samples": COUNT,
-    "threads": COUNT,
+    "threads": (1, 1024),
     "ahead": (0, 1024),
     "dist_timeout": (1e-3, 1e7),
     "latents": COUNT,

@@ -109,9 +109,7 @@ def open_run(path: Path, which: str = "newest", device: str = "cpu") -> Stored:
     checkpoint.check_tensors(state, recipe.model.state_dict(), where)
     recipe.model.load_state_dict(state)
     recipe.model.to(device).eval()
-    # fused kernels that the training machine had may be missing on this one
-    kernels = "plain" if options.kernels == "plain" else "auto"
-    prepared(recipe.model.network, device, kernels=kernels)
+    prepared(recipe.model.network, device)
     return Stored(directory, recipe, step, loaded.info, keeps=distributed.is_main())
 
 

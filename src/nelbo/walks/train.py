@@ -86,10 +86,7 @@ def _begin(directory: RunDirectory, options: Run, arguments: list[str]) -> Train
         directory.open()
         distributed.on_main(directory.lock)
         own = options_of(directory)
-        read = dataclasses.replace(
-            own, cache=options.cache, ahead=options.ahead, quiet=options.quiet
-        )
-        training = _made(dataclasses.replace(read, shard=options.shard))
+        training = _made(_started(own, options))
         check_data(directory, training.dataset)
         _check_ranks(training)
         _say_ignored(options, training.options)
@@ -107,6 +104,13 @@ def _begin(directory: RunDirectory, options: Run, arguments: list[str]) -> Train
     _check_ranks(training)
     distributed.on_main(lambda: directory.create(about, arguments))
     return training
+
+
+def _started(own: Run, options: Run) -> Run:
+    """A run's own options, with how this start reads, computes and speaks."""
+    names = ("cache", "ahead", "shard", "quiet", "kernels", "graphs")
+    shared = {name: getattr(options, name) for name in names if hasattr(options, name)}
+    return dataclasses.replace(own, **{k: v for k, v in shared.items() if hasattr(own, k)})
 
 
 def _check_ranks(training: Training) -> None:
@@ -180,7 +184,8 @@ def trainer_of(recipe: Recipe, device: str) -> Trainer:
         graphs=way.network,
     )
     said = done if device == "cpu" else f"{done}; {way.said}"
-    if said != "kernels: plain" and not options.quiet:
+    spoken = said != "kernels: plain" or options.kernels != "auto"
+    if spoken and not options.quiet:
         console.say(said)
 
     mine = distributed.rows_of(options.batch, options.accumulation)
