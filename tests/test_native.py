@@ -272,8 +272,8 @@ def test_a_compiler_that_fails_is_quoted(
     assert not list((tmp_path / "nelbo").iterdir())
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="nothing is compiled elsewhere")
 @pytest.mark.parametrize("content", [b"", b"cut short"])
+@needs_compiler
 def test_a_library_that_was_cut_short_is_made_again(
     without_library: pytest.MonkeyPatch, tmp_path: Any, content: bytes
 ) -> None:
@@ -283,7 +283,7 @@ def test_a_library_that_was_cut_short_is_made_again(
     assert prepared(small(), "cpu").startswith("kernels: native in")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="nothing is compiled elsewhere")
+@needs_compiler
 def test_a_library_of_another_kind_is_no_crash(
     without_library: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
@@ -296,6 +296,7 @@ def test_a_library_of_another_kind_is_no_crash(
     assert "norm_forward: delete that file" in said and str(stray) in said
 
 
+@needs_compiler
 def test_a_folder_that_cannot_be_written_is_named(
     without_library: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
