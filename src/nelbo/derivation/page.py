@@ -13,7 +13,8 @@ import hashlib
 import html
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,20 @@ LATER = {
 """Identities of bits-back coding, which come with the coder."""
 
 
+@dataclass(frozen=True)
+class Measured:
+    """The run whose figures a page shows.
+
+    Arguments:
+        name: of its directory. said: one line of what was measured on what. skipped: why there are
+            no figures of an identity, by id.
+    """
+
+    name: str
+    said: str = ""
+    skipped: Mapping[str, str] = field(default_factory=dict)
+
+
 @cache
 def pictures() -> dict[str, Picture]:
     """The four pictures by name, for the page and for a phone; some seconds."""
@@ -82,17 +97,21 @@ def write(results: Sequence[Result], wrong: Sequence[Wrong], folder: Path) -> Pa
     return _written(folder, as_html(results, wrong, drawn))
 
 
-def write_beside(results: Sequence[Result], run: Path) -> Path:
+def write_beside(
+    results: Sequence[Result], run: Path, said: str = "", skipped: Mapping[str, str] | None = None
+) -> Path:
     """Write derivation.html into a run directory: the page with the figures of that run.
 
     Arguments:
         results: of the run's own model and data. run: the directory.
+        said, skipped: as of `Measured`.
     Returns:
         Path of the page.
     Raises:
         ResourceExhausted: no room to write.
     """
-    return _written(run, as_html(results, (), pictures(), run.resolve().name))
+    about = Measured(run.resolve().name, said, skipped or {})
+    return _written(run, as_html(results, (), pictures(), about))
 
 
 def markdown(results: Sequence[Result], wrong: Sequence[Wrong]) -> str:
@@ -103,9 +122,12 @@ def markdown(results: Sequence[Result], wrong: Sequence[Wrong]) -> str:
 
 
 def as_html(
-    results: Sequence[Result], wrong: Sequence[Wrong], drawn: dict[str, Picture], run: str = ""
+    results: Sequence[Result],
+    wrong: Sequence[Wrong],
+    drawn: dict[str, Picture],
+    run: Measured | None = None,
 ) -> str:
-    """The page in HTML; `run` is the name of the run whose figures these are."""
+    """The page in HTML; `run` is the run whose figures these are."""
     environment = _environment()
     environment.filters["prose"] = _paragraphs
     style = "".join(
@@ -148,7 +170,7 @@ def _render(
         wrong=wrong,
         computed={one.erratum.id for one in wrong},
         later=LATER,
-        **{"run": "", **more},
+        **{"run": None, **more},
     )
 
 

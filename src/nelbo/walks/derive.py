@@ -220,7 +220,9 @@ def _on_run(options: Derive, words: Sequence[str], path: Path) -> dict[str, Any]
     sheet.show(_summary(results, (), time.monotonic() - started, sheet.width))
     about = {"run": run.about, "skipped": run.skipped, "seed": options.seed}
     if not words:
-        about["page"] = str(page.write_beside(results, path))
+        about["page"] = str(
+            page.write_beside(results, path, console.clean(run.words), run.skipped)
+        )
         sheet.show([(f"page: {about['page']}", printed.PLAIN)])
     if not words and (path / "report.html").is_file():
         report.write(path)  # it links to the page
