@@ -69,7 +69,7 @@ def test_every_identity_has_its_row_and_its_test() -> None:
         (test,) = re.findall(r"\.\./tests/(test_\w+\.py)", cells[2])
         module = type(one).__module__.rsplit(".", 1)[1]
         assert module in (ROOT / "tests" / test).read_text(), (test, module)
-    assert not set(page.LATER) & {one.id for one in chain.IDENTITIES}
+    assert not set(chain.LATER) & {one.id for one in chain.IDENTITIES}
 
 
 def test_every_step_from_the_likelihood_to_l_simple_and_from_the_game_to_jsd_is_told() -> None:

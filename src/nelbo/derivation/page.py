@@ -47,12 +47,6 @@ TESTS = {
 """By chapter, the file in tests/ that runs its identities and breaks them."""
 _OPPOSITE = {"=": "≠", "<=": "≰", ">=": "≱"}
 """What a line that disagrees shows."""
-LATER = {
-    "I58": "the code length of a path: bits after less bits before = -log2 w(x_{1:N})",
-    "I59": "the expected code length is L(x_0)/log 2",
-    "I60": "initial bits: the largest deficit of bits that are popped before others are pushed",
-}
-"""Identities of bits-back coding, which come with the coder."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +163,7 @@ def _render(
         results={result.identity.id: result for result in results},
         wrong=wrong,
         computed={one.erratum.id for one in wrong},
-        later=LATER,
+        later=chain.LATER,
         **{"run": None, **more},
     )
 
