@@ -121,6 +121,9 @@ def test_a_narrow_terminal_shows_the_same(width: int, monkeypatch: pytest.Monkey
     [
         (["telescopin"], 2, "telescoping"),
         (["I99"], 2, "no identity 'I99'"),
+        (["i100"], 2, "near it are I10"),
+        (["I59"], 2, "I59 is of bits-back coding and comes with the coder"),
+        (["I7", "i60"], 2, "I60 is of bits-back"),
         (["zzzzqqq"], 2, "`nelbo derive` lists them all"),
         (["no/where"], 3, "not a run directory"),
         (["I7", "no/where", "no/other"], 2, "one run at a time"),
@@ -383,7 +386,8 @@ def test_an_error_is_seen_on_a_run(
     ("run", "more", "code", "said"),
     [
         ("normal", ["--examples", "3"], 2, "take 16 or more"),
-        ("normal", ["--latents", "40"], 2, "the chain has 12"),
+        ("normal", ["--latents", "40"], 2, "give 2 to 12"),
+        ("normal", ["--latents", "1"], 2, "give 2 to 12"),
         ("normal", ["--checkpoint", "77"], 2, "--checkpoint 77"),
         ("normal", ["--errata"], 2, "leave out the run"),
         ("ring", ["--latents", "4"], 2, "a game"),
@@ -393,6 +397,21 @@ def test_an_error_is_seen_on_a_run(
 def test_what_a_run_refuses(run: str, more: list[str], code: int, said: str, runs: Path) -> None:
     found, out, err = silent(["derive", str(runs / run), *more])
     assert (found, out) == (code, "") and said in err
+
+
+@pytest.mark.parametrize(
+    ("run", "named", "why"),
+    [
+        ("normal", ["I29"], "I29: it speaks of a game, and this is a diffusion model"),
+        ("normal", ["I14", "I1", "I3"], "I1, I3: shown on small exact models only"),
+        ("ring", ["I7"], "I7: it speaks of a diffusion model, and this is a game"),
+    ],
+)
+def test_nothing_that_applies_is_no_success(
+    run: str, named: list[str], why: str, runs: Path
+) -> None:
+    code, _, err = silent(["derive", str(runs / run), *named, *QUICK])
+    assert code == 2 and "no identity of these applies" in err and why in " ".join(err.split())
 
 
 def test_a_run_without_its_checkpoint(runs: Path, tmp_path: Path) -> None:

@@ -202,7 +202,11 @@ def _summary(
 
 
 def _on_run(options: Derive, words: Sequence[str], path: Path) -> dict[str, Any]:
-    """The chain on a trained model and its data."""
+    """The chain on a trained model and its data.
+
+    Raises:
+        UsageError: nothing that was named applies to it.
+    """
     if options.errata:
         raise UsageError("--errata are shown on small exact models: leave out the run")
     started = time.monotonic()
@@ -216,6 +220,8 @@ def _on_run(options: Derive, words: Sequence[str], path: Path) -> dict[str, Any]
             results.append(found)
             sheet.show(_shown(found, (), bool(words), sheet.width))
             meter.update(len(results), found.identity.name)
+    if not results:
+        raise UsageError(run.nothing())
     sheet.show(run.closing(sheet.width))
     sheet.show(_summary(results, (), time.monotonic() - started, sheet.width))
     about = {"run": run.about, "skipped": run.skipped, "seed": options.seed}
