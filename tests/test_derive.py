@@ -85,9 +85,29 @@ def test_one_identity_is_shown_whole() -> None:
     assert code == 0 and err == ""
     one = chain.find("I2")
     assert f"I2 jensen: {one.title}" in out and f"1. {one.steps[0]}" in " ".join(out.split())
-    assert "Computed by: " in out and "Source: " in out and "LaTeX: " in out
+    assert "Computed by: " in out and "Source: " in out and "LaTeX:" in out
     assert "E7, a wrong variant of I2" in out and "it disagrees, as it has to" in out
     assert "as printed: log p_θ(x_0) ≥ E_q[p(x_N) log Π(p/q)]" in out
+
+
+def test_latex_is_one_row_and_breaks_at_spaces_in_a_terminal() -> None:
+    code, out, _ = silent(["derive", "I7", *QUICK])
+    latex = chain.find("I7").latex
+    assert code == 0 and latex in out.splitlines()
+    for one in chain.IDENTITIES:
+        rows = [row for row, _ in printed.whole_rows(chain.Result(one, (), 0.0), (), 60, (), True)]
+        start = rows.index("LaTeX:") + 1
+        end = next(i for i, row in enumerate(rows) if row.startswith("Computed by:"))
+        assert " ".join(rows[start:end]) == " ".join(one.latex.split())
+
+
+def test_a_wrong_variant_that_is_named_comes_first() -> None:
+    others = [e.id for e in chain.ERRATA if e.identity == "I22"]
+    assert len(others) > 1
+    code, out, _ = silent(["derive", others[-1], *QUICK])
+    places = [out.index(f"{e}, a wrong variant of I22") for e in others]
+    assert code == 0 and places[-1] < out.index("I22 ") + 30 < min(places[:-1])
+    assert out.startswith(f"{others[-1]}, a wrong variant")
 
 
 def test_several_and_chapters() -> None:
@@ -112,7 +132,9 @@ def test_a_narrow_terminal_shows_the_same(width: int, monkeypatch: pytest.Monkey
     monkeypatch.setenv("COLUMNS", str(width))
     code, out, _ = silent(["derive", "I1", "I7", "I25", "I34", "instrument", *QUICK])
     assert code == 0 and "I7 telescoping" in out
-    assert max(printed.cell_len(row) for row in out.splitlines()) <= width
+    formulas = [one.latex for one in chain.IDENTITIES]
+    rows = [row for row in out.splitlines() if row not in formulas]
+    assert max(printed.cell_len(row) for row in rows) <= width
     assert out.count(" agree") > 20
 
 

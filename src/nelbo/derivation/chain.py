@@ -222,6 +222,12 @@ def errata_of(identity: Identity) -> list[Erratum]:
     return [erratum for erratum in ERRATA if erratum.identity == identity.id]
 
 
+def named_of(identity: Identity, words: Sequence[str]) -> list[Erratum]:
+    """Those of its wrong variants that words name by their ids."""
+    named = {word.upper() for word in words}
+    return [erratum for erratum in errata_of(identity) if erratum.id in named]
+
+
 def compute(identity: Identity, seed: int = 0) -> Result:
     """An identity with its lines."""
     started = time.perf_counter()
