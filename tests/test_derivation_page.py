@@ -69,7 +69,7 @@ def test_every_identity_has_its_row_and_its_test() -> None:
         (test,) = re.findall(r"\.\./tests/(test_\w+\.py)", cells[2])
         module = type(one).__module__.rsplit(".", 1)[1]
         assert module in (ROOT / "tests" / test).read_text(), (test, module)
-    assert not set(page.LATER) & {one.id for one in chain.IDENTITIES}
+    assert not set(chain.LATER) & {one.id for one in chain.IDENTITIES}
 
 
 def test_every_step_from_the_likelihood_to_l_simple_and_from_the_game_to_jsd_is_told() -> None:
@@ -152,12 +152,17 @@ def test_a_run_has_a_page_with_its_own_figures(
     run.mkdir()
     line = Line("swissroll", (Side("a side", 1.25, 0.5), Side("another", 1.5)), note="drawn")
     one = next(i for i in chain.IDENTITIES if i.id == "I7")
-    written = page.write_beside([Result(one, (line,), 0.0)], run)
+    said = "<b>my run, step 7 of <swissroll>; 3 of its 9 latents"
+    skipped = {"I14": "its decoder is another"}
+    written = page.write_beside([Result(one, (line,), 0.0)], run, said, skipped)
     source = written.read_text()
     assert written == run / "derivation.html" and "<b>my run" not in source
     words = Tags(source).words
     assert "<b>my run" in words and "swissroll, drawn" in words and "1.25 ± 0.50" in words
     assert "Not computed on this run" in words and "Common errors" not in words
+    assert said in words and "Not computed on this run (its decoder is another)" in words
+    assert "one by one" in words and "trajectories of two bits" not in words
+    assert "nelbo derive RUN telescoping" in words and "nelbo derive jensen" in words
 
 
 def test_everything_is_written_into_a_folder(

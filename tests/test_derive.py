@@ -85,9 +85,29 @@ def test_one_identity_is_shown_whole() -> None:
     assert code == 0 and err == ""
     one = chain.find("I2")
     assert f"I2 jensen: {one.title}" in out and f"1. {one.steps[0]}" in " ".join(out.split())
-    assert "Computed by: " in out and "Source: " in out and "LaTeX: " in out
+    assert "Computed by: " in out and "Source: " in out and "LaTeX:" in out
     assert "E7, a wrong variant of I2" in out and "it disagrees, as it has to" in out
     assert "as printed: log p_θ(x_0) ≥ E_q[p(x_N) log Π(p/q)]" in out
+
+
+def test_latex_is_one_row_and_breaks_at_spaces_in_a_terminal() -> None:
+    code, out, _ = silent(["derive", "I7", *QUICK])
+    latex = chain.find("I7").latex
+    assert code == 0 and latex in out.splitlines()
+    for one in chain.IDENTITIES:
+        rows = [row for row, _ in printed.whole_rows(chain.Result(one, (), 0.0), (), 60, (), True)]
+        start = rows.index("LaTeX:") + 1
+        end = next(i for i, row in enumerate(rows) if row.startswith("Computed by:"))
+        assert " ".join(rows[start:end]) == " ".join(one.latex.split())
+
+
+def test_a_wrong_variant_that_is_named_comes_first() -> None:
+    others = [e.id for e in chain.ERRATA if e.identity == "I22"]
+    assert len(others) > 1
+    code, out, _ = silent(["derive", others[-1], *QUICK])
+    places = [out.index(f"{e}, a wrong variant of I22") for e in others]
+    assert code == 0 and places[-1] < out.index("I22 ") + 30 < min(places[:-1])
+    assert out.startswith(f"{others[-1]}, a wrong variant")
 
 
 def test_several_and_chapters() -> None:
@@ -112,7 +132,9 @@ def test_a_narrow_terminal_shows_the_same(width: int, monkeypatch: pytest.Monkey
     monkeypatch.setenv("COLUMNS", str(width))
     code, out, _ = silent(["derive", "I1", "I7", "I25", "I34", "instrument", *QUICK])
     assert code == 0 and "I7 telescoping" in out
-    assert max(printed.cell_len(row) for row in out.splitlines()) <= width
+    formulas = [one.latex for one in chain.IDENTITIES]
+    rows = [row for row in out.splitlines() if row not in formulas]
+    assert max(printed.cell_len(row) for row in rows) <= width
     assert out.count(" agree") > 20
 
 
@@ -121,6 +143,9 @@ def test_a_narrow_terminal_shows_the_same(width: int, monkeypatch: pytest.Monkey
     [
         (["telescopin"], 2, "telescoping"),
         (["I99"], 2, "no identity 'I99'"),
+        (["i100"], 2, "near it are I10"),
+        (["I59"], 2, "I59 is of bits-back coding and comes with the coder"),
+        (["I7", "i60"], 2, "I60 is of bits-back"),
         (["zzzzqqq"], 2, "`nelbo derive` lists them all"),
         (["no/where"], 3, "not a run directory"),
         (["I7", "no/where", "no/other"], 2, "one run at a time"),
@@ -383,7 +408,8 @@ def test_an_error_is_seen_on_a_run(
     ("run", "more", "code", "said"),
     [
         ("normal", ["--examples", "3"], 2, "take 16 or more"),
-        ("normal", ["--latents", "40"], 2, "the chain has 12"),
+        ("normal", ["--latents", "40"], 2, "give 2 to 12"),
+        ("normal", ["--latents", "1"], 2, "give 2 to 12"),
         ("normal", ["--checkpoint", "77"], 2, "--checkpoint 77"),
         ("normal", ["--errata"], 2, "leave out the run"),
         ("ring", ["--latents", "4"], 2, "a game"),
@@ -393,6 +419,21 @@ def test_an_error_is_seen_on_a_run(
 def test_what_a_run_refuses(run: str, more: list[str], code: int, said: str, runs: Path) -> None:
     found, out, err = silent(["derive", str(runs / run), *more])
     assert (found, out) == (code, "") and said in err
+
+
+@pytest.mark.parametrize(
+    ("run", "named", "why"),
+    [
+        ("normal", ["I29"], "I29: it speaks of a game, and this is a diffusion model"),
+        ("normal", ["I14", "I1", "I3"], "I1, I3: shown on small exact models only"),
+        ("ring", ["I7"], "I7: it speaks of a diffusion model, and this is a game"),
+    ],
+)
+def test_nothing_that_applies_is_no_success(
+    run: str, named: list[str], why: str, runs: Path
+) -> None:
+    code, _, err = silent(["derive", str(runs / run), *named, *QUICK])
+    assert code == 2 and "no identity of these applies" in err and why in " ".join(err.split())
 
 
 def test_a_run_without_its_checkpoint(runs: Path, tmp_path: Path) -> None:

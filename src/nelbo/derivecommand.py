@@ -19,9 +19,9 @@ class Derive:
     errata: bool = False
     """Instead: wrong variants from papers and lecture notes, which have to disagree."""
     examples: int | None = None
-    """Of a run: how many of its test examples; by default as many as a minute allows."""
+    """Of a run: how many of its test examples; by default about a minute's worth."""
     latents: int | None = None
-    """Of a run: how many of the latents of its chain; by default as many as a minute allows."""
+    """Of a run: how many of the latents of its chain; by default about a minute's worth."""
     checkpoint: str = "newest"
     """Of a run: newest, best (by its validation), or a step."""
     seed: int = 0

@@ -9,6 +9,7 @@ disagree: they show that the check can fail.
 from __future__ import annotations
 
 import difflib
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -129,6 +130,12 @@ IDENTITIES: tuple[Identity, ...] = tuple(one for c in CHAPTERS for one in c.iden
 ERRATA: tuple[Erratum, ...] = tuple(
     sorted((e for module in _MODULES for e in module.ERRATA), key=lambda e: _number(e.id))
 )
+LATER = {
+    "I58": "the code length of a path: bits after less bits before = -log2 w(x_{1:N})",
+    "I59": "the expected code length is L(x_0)/log 2",
+    "I60": "initial bits: the largest deficit of bits that are popped before others are pushed",
+}
+"""Identities of bits-back coding, which come with the coder."""
 
 
 @dataclass(frozen=True)
@@ -181,16 +188,23 @@ def of_words(words: Sequence[str]) -> list[Identity]:
 
 
 def known(word: str) -> bool:
-    """Whether a word means an identity or a chapter."""
-    return word.lower() in _table()
+    """Whether a word means an identity or a chapter, if only one to come."""
+    return word.lower() in _table() or word.upper() in LATER
 
 
 def _meant(word: str) -> tuple[Identity, ...]:
     table = _table()
     if word.lower() in table:
         return table[word.lower()]
+    later = LATER.get(word.upper())
+    if later is not None:
+        raise UsageError(
+            f"{word.upper()} is of bits-back coding and comes with the coder, "
+            f"which is not here yet: {later}"
+        )
     near = difflib.get_close_matches(word.lower(), table, n=4, cutoff=0.5)
-    hint = f"near it are {', '.join(near)}" if near else "`nelbo derive` lists them all"
+    shown = [name.upper() if re.fullmatch(r"[ei]\d+", name) else name for name in near]
+    hint = f"near it are {', '.join(shown)}" if near else "`nelbo derive` lists them all"
     raise UsageError(f"no identity {word!r}: {hint}")
 
 
@@ -206,6 +220,12 @@ def _table() -> dict[str, tuple[Identity, ...]]:
 def errata_of(identity: Identity) -> list[Erratum]:
     """The wrong variants of an identity."""
     return [erratum for erratum in ERRATA if erratum.identity == identity.id]
+
+
+def named_of(identity: Identity, words: Sequence[str]) -> list[Erratum]:
+    """Those of its wrong variants that words name by their ids."""
+    named = {word.upper() for word in words}
+    return [erratum for erratum in errata_of(identity) if erratum.id in named]
 
 
 def compute(identity: Identity, seed: int = 0) -> Result:

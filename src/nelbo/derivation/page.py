@@ -13,7 +13,8 @@ import hashlib
 import html
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -46,12 +47,20 @@ TESTS = {
 """By chapter, the file in tests/ that runs its identities and breaks them."""
 _OPPOSITE = {"=": "≠", "<=": "≰", ">=": "≱"}
 """What a line that disagrees shows."""
-LATER = {
-    "I58": "the code length of a path: bits after less bits before = -log2 w(x_{1:N})",
-    "I59": "the expected code length is L(x_0)/log 2",
-    "I60": "initial bits: the largest deficit of bits that are popped before others are pushed",
-}
-"""Identities of bits-back coding, which come with the coder."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The run whose figures a page shows.
+
+    Arguments:
+        name: of its directory. said: one line of what was measured on what. skipped: why there are
+            no figures of an identity, by id.
+    """
+
+    name: str
+    said: str = ""
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
 
 @cache
@@ -82,17 +91,21 @@ def write(results: Sequence[Result], wrong: Sequence[Wrong], folder: Path) -> Pa
     return _written(folder, as_html(results, wrong, drawn))
 
 
-def write_beside(results: Sequence[Result], run: Path) -> Path:
+def write_beside(
+    results: Sequence[Result], run: Path, said: str = "", skipped: Mapping[str, str] | None = None
+) -> Path:
     """Write derivation.html into a run directory: the page with the figures of that run.
 
     Arguments:
         results: of the run's own model and data. run: the directory.
+        said, skipped: as of `Measured`.
     Returns:
         Path of the page.
     Raises:
         ResourceExhausted: no room to write.
     """
-    return _written(run, as_html(results, (), pictures(), run.resolve().name))
+    about = Measured(run.resolve().name, said, skipped or {})
+    return _written(run, as_html(results, (), pictures(), about))
 
 
 def markdown(results: Sequence[Result], wrong: Sequence[Wrong]) -> str:
@@ -103,9 +116,12 @@ def markdown(results: Sequence[Result], wrong: Sequence[Wrong]) -> str:
 
 
 def as_html(
-    results: Sequence[Result], wrong: Sequence[Wrong], drawn: dict[str, Picture], run: str = ""
+    results: Sequence[Result],
+    wrong: Sequence[Wrong],
+    drawn: dict[str, Picture],
+    run: Measured | None = None,
 ) -> str:
-    """The page in HTML; `run` is the name of the run whose figures these are."""
+    """The page in HTML; `run` is the run whose figures these are."""
     environment = _environment()
     environment.filters["prose"] = _paragraphs
     style = "".join(
@@ -147,8 +163,8 @@ def _render(
         results={result.identity.id: result for result in results},
         wrong=wrong,
         computed={one.erratum.id for one in wrong},
-        later=LATER,
-        **{"run": "", **more},
+        later=chain.LATER,
+        **{"run": None, **more},
     )
 
 

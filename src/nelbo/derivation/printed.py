@@ -92,6 +92,11 @@ def _wrapped(
     )
 
 
+def _at_spaces(latex: str, width: int) -> list[str]:
+    """Rows that are broken where LaTeX has a space, which a line break is as well."""
+    return textwrap.wrap(latex, width, break_long_words=False, break_on_hyphens=False)
+
+
 def line_rows(line: Line, width: int) -> Iterator[Row]:
     """Family, verdict, and a row for each side."""
     what = f"{line.family}, {line.note}" if line.note else line.family
@@ -121,9 +126,22 @@ def result_rows(result: Result, width: int) -> Iterator[Row]:
         yield from line_rows(line, width)
 
 
-def whole_rows(result: Result, wrong: Sequence[Wrong], width: int) -> Iterator[Row]:
-    """An identity with its statement, its steps and the wrong variants that belong to it."""
+def whole_rows(
+    result: Result,
+    wrong: Sequence[Wrong],
+    width: int,
+    named: Sequence[Wrong] = (),
+    wrap: bool = False,
+) -> Iterator[Row]:
+    """An identity with its statement, its steps and the wrong variants that belong to it.
+
+    Arguments:
+        wrong: after it. named: before it. wrap: LaTeX too, at its spaces; else it is one row.
+    """
     one = result.identity
+    for other in named:
+        yield from wrong_rows(other, width)
+        yield "", PLAIN
     yield from head(result, width)
     yield "", PLAIN
     yield from _paragraph(one.text, width)
@@ -133,7 +151,8 @@ def whole_rows(result: Result, wrong: Sequence[Wrong], width: int) -> Iterator[R
     for place, step in enumerate(one.steps, 1):
         yield from _paragraph(f"{place}. {step}", width, "   ")
     yield "", PLAIN
-    yield from _paragraph(f"LaTeX: {one.latex}", width, style=QUIET)
+    yield "LaTeX:", QUIET
+    yield from ((row, QUIET) for row in (_at_spaces(one.latex, width) if wrap else [one.latex]))
     yield from _paragraph(f"Computed by: {', '.join(_functions(result))}", width, style=QUIET)
     yield from _paragraph(f"Source: {one.source}", width, style=QUIET)
     yield "", PLAIN

@@ -124,6 +124,19 @@ class Sheet:
                 self.console.print(Text(row, style), crop=False, overflow="ignore", no_wrap=True)
         print(text.get(), end="", flush=True)
 
+    def result(self, result: Result) -> None:
+        """An identity as one of the chain."""
+        self.show([*printed.result_rows(result, self.width), ("", printed.PLAIN)])
+
+    def whole(self, result: Result, wrong: Sequence[Wrong], words: Sequence[str]) -> None:
+        """An identity in full, after the wrong variants that words name, before the others."""
+        ids = {erratum.id for erratum in chain.named_of(result.identity, words)}
+        named = [one for one in wrong if one.erratum.id in ids]
+        others = [one for one in wrong if one.erratum.id not in ids]
+        wrap = self.console.is_terminal
+        rows = printed.whole_rows(result, others, self.width, named, wrap)
+        self.show([*rows, ("", printed.PLAIN)])
+
 
 def _exact(options: Derive, words: Sequence[str]) -> dict[str, Any]:
     """The chain, or some of it, on small models whose answers are known."""
@@ -140,7 +153,7 @@ def _exact(options: Derive, words: Sequence[str]) -> dict[str, Any]:
             own = [chain.tried(e, options.seed) for e in chain.errata_of(one)] if words else []
             wrong += own
             sheet.show(_opened(one) if not words else ())
-            sheet.show(_shown(results[-1], own, bool(words), sheet.width))
+            sheet.whole(results[-1], own, words) if words else sheet.result(results[-1])
             meter.update(len(results) + len(wrong), one.name)
         for erratum in () if words else tried:
             wrong.append(chain.tried(erratum, options.seed))
@@ -153,16 +166,6 @@ def _exact(options: Derive, words: Sequence[str]) -> dict[str, Any]:
         document["page"] = str(page.write(results, wrong, options.page))
         sheet.show([(f"page: {document['page']}", printed.PLAIN)])
     return document
-
-
-def _shown(
-    result: Result, wrong: Sequence[Wrong], whole: bool, width: int
-) -> Iterator[printed.Row]:
-    if whole:
-        yield from printed.whole_rows(result, wrong, width)
-    else:
-        yield from printed.result_rows(result, width)
-    yield "", printed.PLAIN
 
 
 def _opened(one: Identity) -> Iterator[printed.Row]:
@@ -202,7 +205,11 @@ def _summary(
 
 
 def _on_run(options: Derive, words: Sequence[str], path: Path) -> dict[str, Any]:
-    """The chain on a trained model and its data."""
+    """The chain on a trained model and its data.
+
+    Raises:
+        UsageError: nothing that was named applies to it.
+    """
     if options.errata:
         raise UsageError("--errata are shown on small exact models: leave out the run")
     started = time.monotonic()
@@ -214,13 +221,17 @@ def _on_run(options: Derive, words: Sequence[str], path: Path) -> dict[str, Any]
     with _meter(options, len(wanted or run.table)) as meter:
         for found in run.results(wanted):
             results.append(found)
-            sheet.show(_shown(found, (), bool(words), sheet.width))
+            sheet.whole(found, (), words) if words else sheet.result(found)
             meter.update(len(results), found.identity.name)
+    if not results:
+        raise UsageError(run.nothing())
     sheet.show(run.closing(sheet.width))
     sheet.show(_summary(results, (), time.monotonic() - started, sheet.width))
     about = {"run": run.about, "skipped": run.skipped, "seed": options.seed}
     if not words:
-        about["page"] = str(page.write_beside(results, path))
+        about["page"] = str(
+            page.write_beside(results, path, console.clean(run.words), run.skipped)
+        )
         sheet.show([(f"page: {about['page']}", printed.PLAIN)])
     if not words and (path / "report.html").is_file():
         report.write(path)  # it links to the page

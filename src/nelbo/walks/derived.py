@@ -44,6 +44,7 @@ LEAST_BLUR = 0.1
 """On the model's scale; finer ones make the quadrature long."""
 LEAST = 8
 """Latents."""
+SMALL = "shown on small exact models only: leave out the run"
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,12 +53,14 @@ class Opened:
 
     Arguments:
         about: for the document. words: one line for people. table: lines of an identity by id, or
-            why there are none.
+            why there are none. absent: why identities are not in the table, where it is not that
+            they are shown on small models only.
     """
 
     about: dict[str, Any]
     words: str
     table: Mapping[str, Callable[[], Said]]
+    absent: Mapping[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
     def results(self, wanted: set[str] | None) -> Iterator[Result]:
@@ -71,7 +74,7 @@ class Opened:
                 continue
             if one.id not in self.table:
                 if wanted is not None:
-                    self.skipped[one.id] = "shown on small exact models only: leave out the run"
+                    self.skipped[one.id] = self.absent.get(one.id, SMALL)
                 continue
             started = time.perf_counter()
             with torch.no_grad():
@@ -86,6 +89,14 @@ class Opened:
         for row in printed.beside(console.clean(self.words), "", width):
             yield row, printed.PLAIN
         yield "", printed.PLAIN
+
+    def nothing(self) -> str:
+        """That no identity applies, and why, where one reason may be that of several."""
+        by_reason: dict[str, list[str]] = {}
+        for name, why in self.skipped.items():
+            by_reason.setdefault(why, []).append(name)
+        told = [f"{', '.join(names)}: {why}" for why, names in by_reason.items()]
+        return f"no identity of these applies to this run: {'; '.join(told)}"
 
     def closing(self, width: int) -> Iterator[printed.Row]:
         """What does not apply, and why."""
@@ -150,7 +161,8 @@ def _diffusion(options: Derive, path: Path) -> Opened:
         f"{dataset.name}, trained on the objective {about['objective']}; {len(rows)} test "
         f"examples, {many}; nats per example unless said otherwise."
     )
-    return Opened(about, words, {name: partial(f, trained) for name, f in tables.items()})
+    absent = dict.fromkeys(trainedgame.TABLE, "it speaks of a game, and this is a diffusion model")
+    return Opened(about, words, {name: partial(f, trained) for name, f in tables.items()}, absent)
 
 
 def _enough(count: int, least: int) -> None:
@@ -164,9 +176,7 @@ def _latents(options: Derive, recipe: Recipe, rows: int, weighed: tuple[int, int
     """All of the grid, or as many evenly chosen latents as half a minute allows."""
     times = recipe.times
     if options.latents is not None and not 2 <= options.latents <= len(times):
-        raise UsageError(
-            f"--latents {options.latents}: the chain has {len(times)}; give 2 or more"
-        )
+        raise UsageError(f"--latents {options.latents}: give 2 to {len(times)}, all of its chain")
     if isinstance(recipe.model.parameterization, Flip):
         return times  # flips speak of the steps of their own chain
     shape = recipe.dataset.shape()
@@ -220,4 +230,6 @@ def _game(options: Derive, path: Path) -> Opened:
         f"{len(players.real)} test examples; nats."
     )
     table = {name: partial(f, players) for name, f in trainedgame.TABLE.items()}
-    return Opened(about, words, table)
+    told = trainedchain.TABLE | trainedloss.TABLE
+    absent = dict.fromkeys(told, "it speaks of a diffusion model, and this is a game")
+    return Opened(about, words, table, absent)
