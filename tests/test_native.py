@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +20,9 @@ from nelbo.networks.c_library import library
 from nelbo.networks.kernels import PLAIN
 from nelbo.networks.native import NATIVE, Attend, Norm, fuse, obstacle
 from nelbo.networks.unet import UNet
+from nelbo.recipes.families import DIFFUSION, kind_of, stored
 from nelbo.speed import prepared
+from nelbo.walks.train import started
 
 HERE = obstacle("cpu")
 needs_compiler = pytest.mark.skipif(HERE is not None, reason=f"kernels in C: {HERE}")
@@ -329,3 +332,12 @@ def test_devices_and_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
         prepared(small(), "cuda", kernels="native")
     said = prepared(small(), "cpu", compiled=True)
     assert said == "kernels: plain (native: the network is compiled), compiled"
+
+
+def test_kernels_belong_to_a_start_and_not_to_a_run() -> None:
+    kind = kind_of("images", DIFFUSION)
+    typed = kind(path=Path("pictures"), kernels="plain", graphs="none")
+    assert not {"kernels", "graphs"} & set(stored(typed))
+    own = kind(path=Path("pictures"), rate=3e-4)
+    now = started(own, typed)
+    assert (now.kernels, now.graphs, now.rate) == ("plain", "none", 3e-4)

@@ -86,7 +86,7 @@ def _begin(directory: RunDirectory, options: Run, arguments: list[str]) -> Train
         directory.open()
         distributed.on_main(directory.lock)
         own = options_of(directory)
-        training = _made(_started(own, options))
+        training = _made(started(own, options))
         check_data(directory, training.dataset)
         _check_ranks(training)
         _say_ignored(options, training.options)
@@ -106,7 +106,7 @@ def _begin(directory: RunDirectory, options: Run, arguments: list[str]) -> Train
     return training
 
 
-def _started(own: Run, options: Run) -> Run:
+def started(own: Run, options: Run) -> Run:
     """A run's own options, with how this start reads, computes and speaks."""
     names = ("cache", "ahead", "shard", "quiet", "kernels", "graphs")
     shared = {name: getattr(options, name) for name in names if hasattr(options, name)}
