@@ -103,9 +103,7 @@ class QuadraticForm(Identity):
         fallen = 2 * per_example(other.log_prob(other.mean) - other.log_prob(x))
         mean, se = mean_se(fallen)
         right = 3 + 2 * float(per_example(kl_divergence(law, other)))
-        drawn = Side(
-            "E ||x-m2||^2/v, drawn", mean, se, "nelbo.distributions.DiagonalNormal.rsample"
-        )
+        drawn = Side("E ‖x-m2‖²/v, drawn", mean, se, "nelbo.distributions.DiagonalNormal.rsample")
         note = f"{DRAWS} draws"
         return Line("Gaussian", (drawn, Side("d + 2 KL", right, by=KL)), note=note)
 
@@ -118,7 +116,7 @@ class EqualCovariances(Identity):
         r"\mathrm{KL}(\mathcal N(m_1,\Sigma)\,\|\,\mathcal N(m_2,\Sigma))="
         r"\tfrac12(m_1-m_2)^\top\Sigma^{-1}(m_1-m_2)=+\tfrac12\,\mathbb E_{m_1}[B-A]"
     )
-    text = "KL = 1/2 (m1-m2)' S^-1 (m1-m2) = + 1/2 E_m1[B - A], A and B the two quadratic forms"
+    text = "KL = ½ (m1-m2)' S^-1 (m1-m2) = + ½ E_m1[B - A], A and B the two quadratic forms"
     assumes = "both laws have the covariance S"
     steps = (
         "KL is the mean of log N(x; m1, S) - log N(x; m2, S) over x ~ N(m1, S).",
@@ -139,13 +137,13 @@ class EqualCovariances(Identity):
         return [
             compared(
                 "Gaussian",
-                ("1/2 E[B - A], S full", 0.5 * float(b - a), MIXTURE),
-                ("1/2 delta' S^-1 delta", 0.5 * _solved(), "torch.linalg.solve"),
+                ("½ E[B - A], S full", 0.5 * float(b - a), MIXTURE),
+                ("½ delta' S^-1 delta", 0.5 * _solved(), "torch.linalg.solve"),
             ),
             compared(
                 "Gaussian",
                 ("KL, S = v I", per_example(kl_divergence(*laws)), KL),
-                ("||m1-m2||^2/(2v)", squares / (2 * FLAT), "the means"),
+                ("‖m1-m2‖²/(2v)", squares / (2 * FLAT), "the means"),
             ),
             compared(
                 "Gaussian",
@@ -164,10 +162,10 @@ class IsotropicKL(Identity):
         r"\mathrm{KL}(\mathcal N(m_1,v_1I)\|\mathcal N(m_2,v_2I))=\tfrac12\Big[d\big(\rho-1-"
         r"\log\rho\big)+\tfrac{\|m_1-m_2\|^2}{v_2}\Big],\quad\rho=v_1/v_2"
     )
-    text = "KL = 1/2 [d (rho - 1 - log rho) + ||m1-m2||^2/v2], rho = v1/v2"
+    text = "KL = ½ [d (rho - 1 - log rho) + ‖m1-m2‖²/v2], rho = v1/v2"
     assumes = "two normal laws with covariances v1 I and v2 I"
     steps = (
-        "The general formula is 1/2 [tr(S2^-1 S1) - d + log det S2 - log det S1 + "
+        "The general formula is ½ [tr(S2^-1 S1) - d + log det S2 - log det S1 + "
         "(m1-m2)' S2^-1 (m1-m2)].",
         "With S1 = v1 I and S2 = v2 I the trace is d rho, the log determinants give -d log rho.",
         "All of it but the squared distance has the factor d.",
@@ -187,7 +185,7 @@ class IsotropicKL(Identity):
         return [
             compared(
                 "Gaussian",
-                ("1/2 [d (rho - 1 - log rho) + ||m1-m2||^2/v2]", _vector(closed), KL),
+                ("½ [d (rho - 1 - log rho) + ‖m1-m2‖²/v2]", _vector(closed), KL),
                 ("with trace and log det of matrices", _vector(full), "torch.linalg"),
                 tolerance=1e-9,
             ),

@@ -51,7 +51,7 @@ class Case:
         order = (
             Side(f"LCB of {PAIRS} pairs", certificate, 0.0, "nelbo.jsd.lower_bound"),
             Side("JSD(p, g)", self.divergence),
-            Side("phi(exp(-(E L - H)))", both.upper, 0.0, UPPER),
+            Side("φ(exp(-(E L - H)))", both.upper, 0.0, UPPER),
         )
         forced = (
             Side("H + kappa(JSD)", self.entropy + both.kappa, 0.0, "nelbo.jsd.kappa"),
@@ -88,10 +88,10 @@ class SandwichOrder(Identity):
     name = "sandwich"
     title = "The certified JSD and the variational bound hold the divergence from both sides"
     latex = (
-        r"\mathrm{LCB} \le \mathrm{JSD}(p,g) \le \varphi\!\left(e^{-(E L - H(p))}\right),"
-        r"\qquad E L \ge H(p) + \kappa(\mathrm{JSD})"
+        r"\mathrm{LCB} \le \mathrm{JSD}(p,g) \le \varphi\!\left(e^{-(\mathbb E L - H(p))}\right),"
+        r"\qquad \mathbb E L \ge H(p) + \kappa(\mathrm{JSD})"
     )
-    text = "LCB <= JSD(p, g) <= phi(exp(-(E L - H(p)))); E L >= H(p) + kappa(JSD)"
+    text = "LCB <= JSD(p, g) <= φ(exp(-(E L - H(p)))); E L >= H(p) + kappa(JSD)"
     assumes = "g is the law of the model's own ancestral samples, decoder included"
     steps = (
         "E L >= E_p[−log g] = H(p) + KL(p‖g): the bound is an upper bound of the cross-entropy.",

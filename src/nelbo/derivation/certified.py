@@ -55,7 +55,7 @@ class Payoff(Identity):
     latex = (
         r"Z = \tfrac12[\log2-\mathrm{sp}(-\tilde s(x))]"
         r" + \tfrac12[\log2-\mathrm{sp}(\tilde s(y))],"
-        r"\quad E Z = L_{\tilde D} \le \mathrm{JSD},\quad \max Z-\min Z = B"
+        r"\quad \mathbb E Z = L_{\tilde D} \le \mathrm{JSD},\quad \max Z-\min Z = B"
     )
     text = "Z = [log 2 - sp(-s(x))]/2 + [log 2 - sp(s(y))]/2, s clipped to [-B, B]: E Z <= JSD"
     assumes = "x ~ p and y ~ g independent, D and B fixed before they are looked at"
@@ -96,7 +96,7 @@ class Payoff(Identity):
             equal(
                 POINTS,
                 payoff,
-                Said("JSD - E_m KL(Bern(D*) || Bern(D clipped))", "nelbo.bits.Bits"),
+                Said("JSD - E_m KL(Bern(D*) ‖ Bern(D clipped))", "nelbo.bits.Bits"),
                 found,
                 laws.jsd() - laws.slack(logits.clamp(-CLIP, CLIP)),
                 of="random pairs with random D",
@@ -140,7 +140,7 @@ class Betting(Identity):
     title = "A gambler who grows rich proves that the mean payoff is large"
     latex = (
         r"K_j(m) = \prod_{i\le j}(1+b_i(m)(z_i-m)),\qquad "
-        r"P\left(\sup_j K_j(E z) \ge 1/\delta\right) \le \delta"
+        r"P\left(\sup_j K_j(\mathbb E z) \ge 1/\delta\right) \le \delta"
     )
     text = "P(LCB > L_D) <= delta, LCB the largest mean at which the capital reached 1/delta"
     assumes = "independent pairs; D, B and the order fixed beforehand; any D, any n"

@@ -89,8 +89,8 @@ class PathWeight(Identity):
     name = "path-weight"
     title = "Weighted paths of the conditioned chain follow the conditioned model exactly"
     latex = (
-        r"W = \prod_{\text{steps}}\frac{Z(x_t)}{r(x_t,t)},\quad E\,W = \int p_\theta\, r,\quad "
-        r"E[W\,1_{x_0}] = p_\theta(x_0)\,r(x_0)"
+        r"W = \prod_{\text{steps}}\frac{Z(x_t)}{r(x_t,t)},\quad \mathbb E\,W = \int p_\theta\, r,\quad "
+        r"\mathbb E[W\,1_{x_0}] = p_\theta(x_0)\,r(x_0)"
     )
     text = (
         "W = product over steps of Z(x_t)/r(x_t, t): E W = integral of p r; E[W; x_0] = p r(x_0)"
@@ -139,7 +139,7 @@ class PathWeight(Identity):
                 GAUSSIAN,
                 (
                     Side("mean of W", *mean_se(done.log_evidence.exp()), SAMPLES),
-                    Side("N(y; mean, variance + t^2)", evidence()),
+                    Side("N(y; mean, variance + t²)", evidence()),
                 ),
                 note=note,
                 unit="",
@@ -163,7 +163,7 @@ class NoWeight(Identity):
     name = "no-weight"
     title = "With the right widening of the factor all weights are equal"
     latex = (
-        r"r(x,t) = E[r(X_0)\mid X_t=x]\ \Longrightarrow\ Z(x_t) = r(x_t,t),"
+        r"r(x,t) = \mathbb E[r(X_0)\mid X_t=x]\ \Longrightarrow\ Z(x_t) = r(x_t,t),"
         r"\quad W\ \text{constant}"
     )
     text = "r(x, t) = E[r(X_0)|X_t = x] under the model: then Z(x_t) = r(x_t, t) and W is constant"
@@ -191,7 +191,7 @@ class NoWeight(Identity):
             equal(
                 GAUSSIAN,
                 Said("log W of a particle", SAMPLES),
-                Said("log N(y; mean, variance + t^2)"),
+                Said("log N(y; mean, variance + t²)"),
                 spread,
                 single(math.log(evidence())),
                 of="particles, latents in float32",

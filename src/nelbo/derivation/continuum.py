@@ -55,16 +55,16 @@ class ContinuousTime(Identity):
         r"-\log q(x_0)=\mathrm{KL}(q(x_N|x_0)\|\pi)+\mathbb E[-\log p(x_0|x_1)]+\tfrac12"
         r"\int_{\lambda_N}^{\lambda_1}\mathbb E\|\varepsilon-\hat\varepsilon\|^2\,d\lambda"
     )
-    text = "-log q(x_0) = prior KL + decoder + 1/2 integral of E||eps-eps_hat||^2 over lambda"
+    text = "-log q(x_0) = prior KL + decoder + ½ integral of E‖eps-eps_hat‖² over lambda"
     assumes = "Gaussian process; denoiser, decoder and prior exact"
     steps = (
-        "Each pair costs 1/2 (exp(lambda_s-lambda_t) - 1) E||eps-eps_hat||^2, which is "
-        "1/2 E||eps-eps_hat||^2 d lambda for close times.",
+        "Each pair costs ½ (exp(lambda_s-lambda_t) - 1) E‖eps-eps_hat‖², which is "
+        "½ E‖eps-eps_hat‖² d lambda for close times.",
         "Their sum tends to an integral over lambda. Time has dropped out: only the two ends of "
         "the schedule matter.",
-        "sigma^2 = beta~ and the exact variance differ less and less for close times, so that the "
+        "sigma² = beta~ and the exact variance differ less and less for close times, so that the "
         "exact denoiser makes the exact reverse process and the bound has no gap.",
-        "The objective draws t uniformly and weighs the error by 1/2 (-lambda'(t)).",
+        "The objective draws t uniformly and weighs the error by ½ (-lambda'(t)).",
     )
     functions = ("nelbo.continuous.Continuous", LOG_PROB)
     source = "Kingma et al. 2021, eq. 17, 18"
@@ -74,7 +74,7 @@ class ContinuousTime(Identity):
         return [
             compared(
                 "Gaussian",
-                ("prior + decoder + 1/2 integral", _in_continuous_time(), self.functions[0]),
+                ("prior + decoder + ½ integral", _in_continuous_time(), self.functions[0]),
                 ("-log q(x_0)", -data.log_prob(PLACES), LOG_PROB),
                 tolerance=1e-7,
                 note="mixture of two normals",
@@ -113,7 +113,7 @@ class IMMSE(Identity):
         r"-\log q(x_0)=\tfrac d2\log2\pi e-\tfrac12\int_{-\infty}^{\infty}\big[d\,k-\mathbb E_"
         r"\varepsilon\|\varepsilon-\hat\varepsilon^*\|^2\big]\,d\lambda"
     )
-    text = "-log q(x_0) = d/2 log 2 pi e - 1/2 integral [d k - E||eps-E[eps|x_t]||^2] d lambda"
+    text = "-log q(x_0) = d/2 log 2 pi e - ½ integral [d k - E‖eps-E[eps|x_t]‖²] d lambda"
     assumes = "Gaussian process, exact denoiser; for every x_0, and hence on average"
     steps = (
         "Let the two ends of the bound in continuous time go to infinity.",
@@ -145,14 +145,14 @@ class IMMSE(Identity):
         return [
             compared(
                 "Gaussian",
-                ("1/2 log 2 pi e - 1/2 integral", pointwise, self.functions[0]),
+                ("½ log 2 pi e - ½ integral", pointwise, self.functions[0]),
                 ("-log q(x_0)", -data.log_prob(PLACES), LOG_PROB),
                 tolerance=1e-6,
                 note="mixture of two normals",
             ),
             compared(
                 "Gaussian",
-                ("1/2 log 2 pi e - 1/2 integral, averaged", overall, self.functions[2]),
+                ("½ log 2 pi e - ½ integral, averaged", overall, self.functions[2]),
                 ("H(q)", entropy, self.functions[3]),
                 tolerance=1e-6,
             ),

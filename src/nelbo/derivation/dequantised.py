@@ -47,8 +47,9 @@ class Dequantised(Identity):
     name = "dequantisation"
     title = "A density bounds a mass, once the bins are filled or the decoder stands between"
     latex = (
-        r"-\log P(j) \le E_u[-\log p(x_j + a u)] - d\log a,\qquad "
-        r"-\log P(x_0) \le E_{q(x_1|x_0)}[-\log p_\theta(x_0|x_1) + \log q(x_1|x_0) - \log p(x_1)]"
+        r"-\log P(j) \le \mathbb E_u[-\log p(x_j + a u)] - d\log a,\qquad "
+        r"-\log P(x_0) \le \mathbb E_{q(x_1|x_0)}"
+        r"[-\log p_\theta(x_0|x_1) + \log q(x_1|x_0) - \log p(x_1)]"
     )
     text = "-log P(j) <= E_u[-log p(x_j + a u)] - d log a, u uniform, a the width of the bin"
     assumes = "u uniform on the bin, whose width on the model's scale is a"

@@ -59,15 +59,13 @@ class ModeDrop(Identity):
         r"\mathrm{JSD}(p,\, p|_A) = \varphi(r),\quad r = p(A),\quad "
         r"\varphi(r) = \log 2 + \tfrac12[r\log r - (1+r)\log(1+r)]"
     )
-    text = "JSD(p, p restricted to A) = phi(p(A)), phi(r) = log 2 + [r log r - (1+r) log(1+r)]/2"
-    assumes = (
-        "g = p on A, of p-mass r, renormalised; any other g that lives on A has JSD >= phi(r)"
-    )
+    text = "JSD(p, p restricted to A) = φ(p(A)), φ(r) = log 2 + [r log r - (1+r) log(1+r)]/2"
+    assumes = "g = p on A, of p-mass r, renormalised; any other g that lives on A has JSD >= φ(r)"
     steps = (
         "On A the density ratio p/g is r everywhere; outside of A it is infinite.",
         "JSD = ½ E_p log(2p/(p + g)) + ½ E_g log(2g/(p + g)): on A the two logarithms are "
         "log(2r/(1 + r)) and log(2/(1 + r)), outside the first is log 2.",
-        "The weights are r/2, 1/2 and (1 − r)/2; the sum is φ(r).",
+        "The weights are r/2, ½ and (1 − r)/2; the sum is φ(r).",
         "Another g on A can only be further from p: merging A into one cell lowers JSD to φ(r).",
     )
     functions = ("nelbo.quadrature.jsd", "nelbo.jsd.phi")
@@ -83,12 +81,12 @@ class ModeDrop(Identity):
         part = pairs.p[:, :2].sum(-1)
         narrow = torch.cat([pairs.g[:, :2], torch.zeros_like(pairs.g[:, 2:])], 1)
         only = Points(pairs.p, narrow / narrow.sum(1, keepdim=True))
-        phi = Said("phi(r)", PHI)
+        phi = Said("φ(r)", PHI)
         return [
             equal(
                 DENSITIES,
                 Said("JSD of eight modes and the first k of them", JSD),
-                phi._replace(what="phi(k/8)"),
+                phi._replace(what="φ(k/8)"),
                 found,
                 jsd.phi(shares),
                 of="k",
@@ -96,7 +94,7 @@ class ModeDrop(Identity):
             ),
             equal(
                 DENSITIES,
-                phi._replace(what="phi(k/8)"),
+                phi._replace(what="φ(k/8)"),
                 Said("tabulated"),
                 jsd.phi(shares),
                 DROPPED,
@@ -122,7 +120,7 @@ class KLBound(Identity):
         r"\mathrm{JSD}(p,g) \le \varphi\!\left(e^{-\mathrm{KL}(p\|g)}\right),\qquad "
         r"\mathrm{KL} \ge \kappa(\mathrm{JSD}),\quad \kappa(x) = -\log\varphi^{-1}(x)"
     )
-    text = "JSD(p, g) <= phi(exp(-KL(p || g))), and the same with KL(g || p); KL >= kappa(JSD)"
+    text = "JSD(p, g) <= φ(exp(-KL(p ‖ g))), and the same with KL(g ‖ p); KL >= kappa(JSD)"
     assumes = "equality only where the density ratio is constant on the support of the first law"
     steps = (
         "With ψ(r) = r log r − (1 + r) log(1 + r), JSD = log 2 + ½ E_p ψ(g/p).",
@@ -154,7 +152,7 @@ class KLBound(Identity):
             below(
                 DENSITIES,
                 Said("JSD", JSD),
-                Said("phi(exp(-KL)), KL by quadrature", PHI),
+                Said("φ(exp(-KL)), KL by quadrature", PHI),
                 single(quadrature.jsd(p, g).value),
                 upper,
                 of="directions of KL",
@@ -162,7 +160,7 @@ class KLBound(Identity):
             below(
                 POINTS,
                 Said("JSD from the masses"),
-                Said("phi(exp(-KL))", PHI),
+                Said("φ(exp(-KL))", PHI),
                 pairs.jsd(),
                 bounds,
                 of="random pairs and directions",
@@ -170,7 +168,7 @@ class KLBound(Identity):
             equal(
                 POINTS,
                 Said("JSD where g = p on one of two points"),
-                Said("phi(exp(-KL(g || p)))", PHI),
+                Said("φ(exp(-KL(g ‖ p)))", PHI),
                 dropped.jsd(),
                 jsd.phi((mass.log()).exp()),
                 of="masses r",
@@ -239,7 +237,7 @@ class Ladder(Identity):
             equal(
                 DENSITIES,
                 Said("JSD of N(0, 1) and N(4, 1) at keep k", "nelbo.quadrature.exact_ladder"),
-                Said("JSD of N(0, 1) and N(4 sqrt(k), 1), tabulated"),
+                Said("JSD of N(0, 1) and N(4 √k, 1), tabulated"),
                 torch.tensor([rung.value for rung in known], dtype=torch.float64),
                 SHIFTED[:-1],
                 of="times",

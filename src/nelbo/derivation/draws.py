@@ -98,7 +98,7 @@ class Unbiased(Identity):
         "The mean of term_i/p_i over i is sum_i p_i term_i/p_i: the p_i cancel.",
         "Low discrepancy: u_b = (u + b/B) mod 1 is uniform for each b alone, so that each index "
         "has the law p; the members of a batch depend on each other, their means do not.",
-        "Here the kernels are exact, so that the bound is known: H(q) + KL(q(x_N)||pi).",
+        "Here the kernels are exact, so that the bound is known: H(q) + KL(q(x_N)‖pi).",
     )
     functions = (VLB, MOMENT, "nelbo.timesampling.ladder", "nelbo.quadrature.kl")
     source = "Nichol, Dhariwal 2021, section 3.3; Kingma et al. 2021, appendix I.1"
@@ -106,7 +106,7 @@ class Unbiased(Identity):
     def lines(self, seed: int) -> list[Line]:
         g = ExactChain()
         truth = g.truth()
-        known = ("H(q) + KL(q(x_N)||pi)", truth, "nelbo.data.mixture.GaussianMixture.entropy")
+        known = ("H(q) + KL(q(x_N)‖pi)", truth, "nelbo.data.mixture.GaussianMixture.entropy")
         uniform, uneven = g.enumerated(Vlb(g.times)), g.enumerated(g.uneven())
         bits = g.enumerated_bit(Vlb(g.times)), g.enumerated_bit(g.uneven())
         right = Side(*known[:2], by=known[2])
@@ -126,7 +126,7 @@ class Unbiased(Identity):
             compared(
                 "Bernoulli",
                 ("sum p_i E loss_i, uniform p", bits[0], VLB),
-                ("h(r) + KL(q(x_N)||pi)", g.bit_truth(), "closed form"),
+                ("h(r) + KL(q(x_N)‖pi)", g.bit_truth(), "closed form"),
                 ("sum p_i E loss_i, p by second moments", bits[1], MOMENT),
             ),
             *[Line("Gaussian", (side, right), tolerance=1e-8, note=note) for side in drawn],

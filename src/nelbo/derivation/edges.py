@@ -146,7 +146,7 @@ class EntropyForm2015(Stated):
     )
     text = (
         "E L + K = ce(t_N) - ce(t_1) + ce(0) - H_p(X_N); K = -E L if and only if that is 0: "
-        "E ‖x_0‖² = d, or for bits mean activity π, or π = 1/2"
+        "E ‖x_0‖² = d, or for bits mean activity π, or π = ½"
     )
     assumes = "the fixed first step"
     steps = (

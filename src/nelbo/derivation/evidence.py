@@ -117,7 +117,10 @@ class EValue(Identity):
     id = "I64"
     name = "e-value"
     title = "The product of 4 D(x)(1 − D(y)) is an e-value against p = g"
-    latex = r"E = \prod_i 4 D(x_i)(1-D(y_i)),\qquad E_{p=g}[E] \le 1,\qquad E[\log E] = 2 n L_D"
+    latex = (
+        r"E = \prod_i 4 D(x_i)(1-D(y_i)),\qquad "
+        r"\mathbb E_{p=g}[E] \le 1,\qquad \mathbb E[\log E] = 2 n L_D"
+    )
     text = "E = prod 4 D(x)(1 - D(y)): mean at most 1 if p = g; E[log E] = 2 n L_D always"
     assumes = "D fixed beforehand; logits not clipped"
     steps = (

@@ -50,7 +50,7 @@ class ProbabilityFlow(Identity):
         r"\log p(x_{\lambda_1}) = \log N(x_{\lambda_N};0,I)"
         r" + \int_{\lambda_1}^{\lambda_N}\mathrm{div}\;d\lambda"
     )
-    text = "dx/dlambda = (l x - sqrt(l) eps)/2; log p(x_1) = log N(x_N; 0, I) + integral of div"
+    text = "dx/dlambda = (l x - √l eps)/2; log p(x_1) = log N(x_N; 0, I) + integral of div"
     assumes = "a model of its own, not the p whose bound is L; exact at both ends of the flow"
     steps = (
         "The Fokker-Planck equation of the forward process is that of a flow with half the score.",
@@ -109,7 +109,7 @@ class ProbabilityFlow(Identity):
             equal(
                 GAUSSIAN,
                 Said("x at the end of the flow", DENSITY),
-                Said("sqrt(k) u, du/dtau = eps", "nelbo.reverse.Prediction.noise"),
+                Said("√k u, du/dtau = eps", "nelbo.reverse.Prediction.noise"),
                 done.y[:, :1],
                 scale[1] * u.y,
                 of="places",
@@ -124,10 +124,10 @@ class Probes(Identity):
     name = "probes"
     title = "A random sign vector gives the trace of a Jacobian without the Jacobian"
     latex = (
-        r"\mathrm{tr}\,J = E\,z^{\mathsf T}Jz,\qquad \mathrm{Var} = "
+        r"\mathrm{tr}\,J = \mathbb E\,z^{\mathsf T}Jz,\qquad \mathrm{Var} = "
         r"2\Big(\|S\|_F^2 - \sum_i S_{ii}^2\Big),\quad S = \tfrac12(J+J^{\mathsf T})"
     )
-    text = "tr J = E z'Jz for signs z; variance 2 (|S|^2 - sum S_ii^2); for normal z 2 |S|^2"
+    text = "tr J = E z'Jz for signs z; variance 2 (|S|² - sum S_ii²); for normal z 2 |S|²"
     assumes = "E z_i z_j = 1 if i = j, else 0"
     steps = (
         "zᵀJz = Σ J_ij z_i z_j, and E z_i z_j picks the diagonal.",
@@ -165,14 +165,14 @@ class Probes(Identity):
             equal(
                 "Jacobian",
                 Said(f"variance of z'Jz over all {patterns}", PROBED),
-                Said("2 (|S|^2 - sum S_ii^2) of the Jacobian in closed form"),
+                Said("2 (|S|² - sum S_ii²) of the Jacobian in closed form"),
                 values.var(correction=0),
                 2 * (whole - symmetric.diagonal().square().sum()),
                 unit="",
             ),
             Line(
                 "Jacobian",
-                (spread, Side("2 |S|^2", float(2 * whole))),
+                (spread, Side("2 |S|²", float(2 * whole))),
                 note="20000 normal probes",
                 unit="",
             ),

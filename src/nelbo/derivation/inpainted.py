@@ -58,7 +58,7 @@ class Inpainting(Identity):
     title = "Inpainting that noises the known part anew is exact with a weight"
     latex = (
         r"W = \frac{p(y_N)}{q(y_N|y_0)}\prod_{\text{pairs}}"
-        r"\frac{p_\theta(y_s|x_t)}{q(y_s|y_t,y_0)}\,p_\theta(y_0|x_1),\qquad E\,W = p_\theta(y_0)"
+        r"\frac{p_\theta(y_s|x_t)}{q(y_s|y_t,y_0)}\,p_\theta(y_0|x_1),\qquad \mathbb E\,W = p_\theta(y_0)"
     )
     text = "W = p(y_N)/q(y_N|y_0) prod p(y_s|x_t)/q(y_s|y_t, y_0) p(y_0|x_1): E W = p(y_0)"
     assumes = (
@@ -117,7 +117,7 @@ class StepEntropy(Identity):
     title = "How uncertain a reverse step is lies between two figures of the forward process"
     latex = r"H_q(X_t|X_s) + H_q(X_s|X_0) - H_q(X_t|X_0) \le H_q(X_s|X_t) \le H_q(X_t|X_s)"
     text = "H(X_t|X_s) + H(X_s|X_0) - H(X_t|X_0) <= H(X_s|X_t) <= H(X_t|X_s)"
-    assumes = "the upper one only where H(X_t) >= H(X_s): E|x_0|^2 = d and normal, or uniform bits"
+    assumes = "the upper one only where H(X_t) >= H(X_s): E|x_0|² = d and normal, or uniform bits"
     steps = (
         "Bayes in entropies: H(X_s|X_t) = H(X_t|X_s) + H(X_s) − H(X_t).",
         "If H(X_t) >= H(X_s) the last two terms are not positive: the upper bound.",

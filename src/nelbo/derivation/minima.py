@@ -71,14 +71,14 @@ class Stationarity(Identity):
         r"-\frac{\partial\,\mathrm{KL}}{\partial\mu_Q},\qquad "
         r"\arg\min_{\sigma_Q^2}\mathrm{KL}=\sigma_P^2+(\mu_P-\mu_Q)^2"
     )
-    text = "dKL/dmu_P = (mu_P-mu_Q)/v_Q = -dKL/dmu_Q; the best v_Q is v_P + (mu_P-mu_Q)^2"
+    text = "dKL/dmu_P = (mu_P-mu_Q)/v_Q = -dKL/dmu_Q; the best v_Q is v_P + (mu_P-mu_Q)²"
     assumes = "P and Q normal in one dimension"
     steps = (
-        "KL(P||Q) = 1/2 [v_P/v_Q - 1 - log(v_P/v_Q) + (mu_P-mu_Q)^2/v_Q].",
-        "With the variances held, all but the last part is constant: KL = (mu_P-mu_Q)^2/(2 v_Q) "
+        "KL(P‖Q) = ½ [v_P/v_Q - 1 - log(v_P/v_Q) + (mu_P-mu_Q)²/v_Q].",
+        "With the variances held, all but the last part is constant: KL = (mu_P-mu_Q)²/(2 v_Q) "
         "+ const, so that KL and the squared error are least at the same mean.",
-        "In v_Q, d/dv_Q = 1/2 [1/v_Q - (v_P + (mu_P-mu_Q)^2)/v_Q^2] is 0 at "
-        "v_Q = v_P + (mu_P-mu_Q)^2: a squared error says nothing of this.",
+        "In v_Q, d/dv_Q = ½ [1/v_Q - (v_P + (mu_P-mu_Q)²)/v_Q²] is 0 at "
+        "v_Q = v_P + (mu_P-mu_Q)²: a squared error says nothing of this.",
         "Summed over steps that share one parameter, the factors 1/(2 v_Q) are weights: targets "
         "0 and 1 with v = .01 and 1 have their best common value at .0099, not at .5.",
     )
@@ -101,7 +101,7 @@ class Stationarity(Identity):
             compared(
                 "Gaussian",
                 ("v_Q of the least KL", math.exp(best_logvar()), KL),
-                ("v_P + (mu_P-mu_Q)^2", best, "the parameters"),
+                ("v_P + (mu_P-mu_Q)²", best, "the parameters"),
                 unit="variance",
             ),
             compared(

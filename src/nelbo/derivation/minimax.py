@@ -142,7 +142,7 @@ class PushForward(Identity):
     id = "I27"
     name = "push-forward"
     title = "An average over z of what G makes is an average over the law of G(z)"
-    latex = r"E_{z\sim p_z}\log(1-D(G(z))) = E_{x\sim g}\log(1-D(x))"
+    latex = r"\mathbb E_{z\sim p_z}\log(1-D(G(z)))=\mathbb E_{x\sim g}\log(1-D(x))"
     text = "E over z of log(1 - D(G(z))) = E over x ~ g of log(1 - D(x))"
     assumes = "g is the law of G(z); G need not have an inverse, nor g a density"
     steps = (
@@ -167,9 +167,9 @@ class PushForward(Identity):
                 DENSITIES,
                 (
                     Side(
-                        "V over draws of x and of G(z) = log z^2", mean, se, "nelbo.gan.Game.value"
+                        "V over draws of x and of G(z) = log z²", mean, se, "nelbo.gan.Game.value"
                     ),
-                    Side("V over p and the density of log z^2", exact.value, 0.0, VALUE),
+                    Side("V over p and the density of log z²", exact.value, 0.0, VALUE),
                 ),
                 tolerance=exact.error,
                 note=f"{DRAWS} draws; two z lead to each fake",
@@ -237,7 +237,7 @@ class AnySign(Erratum):
         at = [float(at_place(minus, minus, single(y))) for y in (0.1, 0.5)]
         sides = (
             Side("-log y - log(1 - y) at y = 0.1", at[0], 0.0, "nelbo.gan.value"),
-            Side("its value at a/(a + b) = 1/2", at[1], 0.0, "nelbo.gan.value"),
+            Side("its value at a/(a + b) = ½", at[1], 0.0, "nelbo.gan.value"),
         )
         return Line(NUMBERS, sides, "<=", note="a = b = -1")
 
@@ -252,7 +252,7 @@ class SecondDerivative(Erratum):
     def line(self, seed: int) -> Line:
         a, b = 1.0, 3.0
         sides = (
-            Side("-(a+b)^2/a - b (a+b)^2/a^2", -((a + b) ** 2) / a - b * (a + b) ** 2 / a**2),
+            Side("-(a+b)²/a - b (a+b)²/a²", -((a + b) ** 2) / a - b * (a + b) ** 2 / a**2),
             Side("f'' at a/(a + b)", curvature(a, b, a / (a + b)), 0.0, "nelbo.gan.value"),
         )
         return Line(NUMBERS, sides, note="a = 1, b = 3", unit="")

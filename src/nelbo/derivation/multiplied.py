@@ -69,7 +69,7 @@ class Products(Identity):
         r"N(x;m,v)\,N(y;x,\tau^2) = Z\,N(x;m',v'),\quad v' = (1/v+1/\tau^2)^{-1},\quad "
         r"m' = v'(m/v+y/\tau^2),\quad Z = N(y;m,v+\tau^2)"
     )
-    text = "N(x; m, v) N(y; x, t^2) = N(y; m, v + t^2) N(x; m', v'); bits: Z = f r(1) + (1-f) r(0)"
+    text = "N(x; m, v) N(y; x, t²) = N(y; m, v + t²) N(x; m', v'); bits: Z = f r(1) + (1-f) r(0)"
     assumes = "r normal in x, or log r linear (a tilt), or a finite support"
     steps = (
         "Add the two quadratic forms in x and complete the square: precisions add.",
@@ -112,7 +112,7 @@ class Products(Identity):
             equal(
                 GAUSSIAN,
                 Said("log Z at the data, noise t and none", MULTIPLY),
-                Said("log N(y; m, v + t^2) and log N(y; m, v)"),
+                Said("log N(y; m, v + t²) and log N(y; m, v)"),
                 torch.stack([at_data, delta]),
                 torch.stack([wide.log_prob(SEEN[0]), narrow.log_prob(SEEN[0])]),
                 of="kernels",
@@ -143,7 +143,7 @@ class Products(Identity):
             equal(
                 BERNOULLI,
                 found._replace(what="log Z at the data"),
-                Said("log(f N(y; 1, t^2) + (1 - f) N(y; 0, t^2)), summed over bits"),
+                Said("log(f N(y; 1, t²) + (1 - f) N(y; 0, t²)), summed over bits"),
                 factor.multiply(law, None)[1],
                 closed,
                 of="kernels",

@@ -84,12 +84,12 @@ class NoiseForm(Identity):
         r"A=\tfrac1{\sqrt{\alpha}},\ B=-\tfrac{\beta}{\sqrt{\alpha(1-\bar\alpha_t)}},\qquad "
         r"\tilde\mu-\mu_\theta=B(\varepsilon-\hat\varepsilon)"
     )
-    text = "posterior mean = A x_t + B eps, model mean = A x_t + B eps_hat, A = 1/sqrt(alpha)"
+    text = "posterior mean = A x_t + B eps, model mean = A x_t + B eps_hat, A = 1/√alpha"
     assumes = "Gaussian process; the network predicts noise"
     steps = (
-        "The posterior mean is sqrt(k_s) c x_0 + sqrt(alpha) (l_s/l_t) x_t.",
-        "Put x_0 = (x_t - sqrt(l_t) eps)/sqrt(k_t) into it.",
-        "The factors of x_t add up to 1/sqrt(alpha); that of eps is -beta/sqrt(alpha l_t).",
+        "The posterior mean is √k_s c x_0 + √alpha (l_s/l_t) x_t.",
+        "Put x_0 = (x_t - √l_t eps)/√k_t into it.",
+        "The factors of x_t add up to 1/√alpha; that of eps is -beta/√(alpha l_t).",
         "The model's mean is the same function of eps_hat, so that A x_t drops out of the "
         "difference.",
     )
@@ -130,17 +130,17 @@ class SquaredErrors(Identity):
         r"\hat\varepsilon\|^2=\tfrac12(\mathrm{snr}_s-\mathrm{snr}_t)\,l_t\|v-\hat v\|^2"
     )
     text = (
-        "||mu~-mu||^2/(2 beta~) = 1/2 (snr_s-snr_t) ||x_0-x_0_hat||^2 = 1/2 expm1(lambda_s-"
-        "lambda_t) ||eps-eps_hat||^2 = 1/2 (snr_s-snr_t) l_t ||v-v_hat||^2"
+        "‖mu~-mu‖²/(2 beta~) = ½ (snr_s-snr_t) ‖x_0-x_0_hat‖² = ½ expm1(lambda_s-"
+        "lambda_t) ‖eps-eps_hat‖² = ½ (snr_s-snr_t) l_t ‖v-v_hat‖²"
     )
-    assumes = "Gaussian process, sigma^2 = beta~ (equal covariances on both sides)"
+    assumes = "Gaussian process, sigma² = beta~ (equal covariances on both sides)"
     steps = (
         "With equal covariances the divergence is the squared distance of the means over 2 beta~.",
-        "The means differ by sqrt(k_s) c (x_0 - x_0_hat), and k_s c^2/beta~ = snr_s - snr_t.",
-        "At one x_t, x_0 - x_0_hat = -sqrt(l_t/k_t) (eps - eps_hat), which turns the factor into "
+        "The means differ by √k_s c (x_0 - x_0_hat), and k_s c²/beta~ = snr_s - snr_t.",
+        "At one x_t, x_0 - x_0_hat = -√(l_t/k_t) (eps - eps_hat), which turns the factor into "
         "(snr_s - snr_t)/snr_t = exp(lambda_s - lambda_t) - 1.",
-        "For v = sqrt(k) eps - sqrt(l) x_0 it is x_0 - x_0_hat = -sqrt(l_t) (v - v_hat).",
-        "In the betas the factor of ||eps-eps_hat||^2 is beta_t/(2 alpha_t (1 - keep_{t-1})).",
+        "For v = √k eps - √l x_0 it is x_0 - x_0_hat = -√l_t (v - v_hat).",
+        "In the betas the factor of ‖eps-eps_hat‖² is beta_t/(2 alpha_t (1 - keep_{t-1})).",
         "The mean log-ratio of the two laws of x_s, over x_s from the posterior, is minus that.",
     )
     functions = (PAIR, POSTERIOR, NOISE, BETAS, LOG_PROB)
@@ -162,11 +162,11 @@ class SquaredErrors(Identity):
             compared(
                 "Gaussian",
                 ("KL, network of noise", pair_term(at, x_0, s), PAIR),
-                ("||mu~-mu||^2/(2 beta~)", means, POSTERIOR),
-                ("1/2 (snr_s-snr_t) ||x_0-x_0_hat||^2", data, "the network of data"),
-                ("beta_t ||eps-eps_hat||^2/(2 alpha_t l_s)", weight * noise_error(at, x_0), NOISE),
+                ("‖mu~-mu‖²/(2 beta~)", means, POSTERIOR),
+                ("½ (snr_s-snr_t) ‖x_0-x_0_hat‖²", data, "the network of data"),
+                ("beta_t ‖eps-eps_hat‖²/(2 alpha_t l_s)", weight * noise_error(at, x_0), NOISE),
                 (
-                    "1/2 (snr_s-snr_t) l_t ||v-v_hat||^2",
+                    "½ (snr_s-snr_t) l_t ‖v-v_hat‖²",
                     0.5 * dropped * q.lose(at.t) * per_example(moved**2),
                     "the network of velocity",
                 ),

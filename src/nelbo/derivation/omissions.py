@@ -37,7 +37,7 @@ class DroppedWeight(Erratum):
     id = "E40"
     identity = "I24"
     printed = "L_simple as the last line of the derivation of the bound"
-    right = "another objective: the bound has the weight 1/2 expm1(lambda_s-lambda_t) at t"
+    right = "another objective: the bound has the weight ½ expm1(lambda_s-lambda_t) at t"
     why = "without the weights it is no bound and no likelihood; train what you like, report L"
 
     def line(self, seed: int) -> Line:
@@ -55,7 +55,7 @@ class DroppedWeight(Erratum):
 class NoVariance(Erratum):
     id = "E43"
     identity = "I23"
-    printed = "the decoder's variance sigma_1^2 is beta_1 or beta~_1"
+    printed = "the decoder's variance sigma_1² is beta_1 or beta~_1"
     right = "beta_1, or beta~ of the first pair: beta~_1 = 0"
     why = "beta~ of the step to data is 0, and a point mass has no finite term"
 

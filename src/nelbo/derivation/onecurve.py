@@ -117,7 +117,7 @@ class OptimalSubsets(Identity):
         "depend on the rest of the subset.",
         "A cheapest path of k + 1 times that ends in j is a cheapest path of k times that ends in "
         "some i < j, and the edge (i, j).",
-        "K N^2 steps replace all subsets. Fit on training data, report on test data.",
+        "K N² steps replace all subsets. Fit on training data, report on test data.",
     )
     functions = (SUBSETS, "nelbo.subsets.best_subsets", PAIR, "nelbo.bound.decoder_term")
     source = "Watson, Ho, Norouzi, Chan 2021"
@@ -179,11 +179,11 @@ class OptimalVariance(Identity):
         r"\sigma_*^2=\tilde\beta\big(1+(\mathrm{snr}_s-\mathrm{snr}_t)M_t\big),\qquad \mathbb E\,"
         r"\mathrm{KL}=\tfrac d2\log\big(1+(\mathrm{snr}_s-\mathrm{snr}_t)M_t\big)"
     )
-    text = "sigma*^2 = beta~ (1 + (snr_s-snr_t) M_t); E KL = d/2 log(1 + (snr_s-snr_t) M_t)"
+    text = "sigma*² = beta~ (1 + (snr_s-snr_t) M_t); E KL = d/2 log(1 + (snr_s-snr_t) M_t)"
     assumes = "one variance per step; any network; M_t measured on training data"
     steps = (
-        "E KL = d/2 [beta~/v - 1 - log(beta~/v) + k_s c^2 M_t/v] for a variance v.",
-        "Its derivative in v is 0 at v = beta~ + k_s c^2 M_t, and k_s c^2 = beta~ (snr_s-snr_t).",
+        "E KL = d/2 [beta~/v - 1 - log(beta~/v) + k_s c² M_t/v] for a variance v.",
+        "Its derivative in v is 0 at v = beta~ + k_s c² M_t, and k_s c² = beta~ (snr_s-snr_t).",
         "Put in: the bracket becomes log(v/beta~).",
         "log(1 + x) <= x: never more than with beta~. It needs no exact denoiser, only its error.",
     )
@@ -203,21 +203,21 @@ class OptimalVariance(Identity):
         return [
             compared(
                 "Gaussian",
-                ("E KL with sigma*^2", cost, OPTIMAL),
-                ("1/2 log(1 + (snr_s-snr_t) M_t)", 0.5 * gain.log1p(), "closed form"),
+                ("E KL with sigma*²", cost, OPTIMAL),
+                ("½ log(1 + (snr_s-snr_t) M_t)", 0.5 * gain.log1p(), "closed form"),
                 tolerance=1e-8,
                 note="a network that is off",
             ),
             compared(
                 "Gaussian",
-                ("d sum E KL/d log sigma^2 at sigma*^2", slope, OPTIMAL),
+                ("d sum E KL/d log sigma² at sigma*²", slope, OPTIMAL),
                 ("0", 0.0, "a minimum"),
                 tolerance=1e-7,
             ),
             Line(
                 "Gaussian",
                 (
-                    Side("sum E KL with sigma*^2", float(cost.sum()), by=OPTIMAL),
+                    Side("sum E KL with sigma*²", float(cost.sum()), by=OPTIMAL),
                     Side("with 2 % more or less", float(min(around)), by=PAIR),
                     Side("with beta~", float(fixed), by="closed form"),
                 ),

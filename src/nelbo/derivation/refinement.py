@@ -57,7 +57,7 @@ class Halving(Identity):
         r"\mathrm{snr}_u)(M_u-M_t)\le0,\qquad 2L_{2N}-L_N\to L_\infty"
     )
     text = "cost(s,u) + cost(u,t) - cost(s,t) = d/2 (snr_s - snr_u)(M_u - M_t) <= 0"
-    assumes = "Gaussian process, sigma^2 = beta~, an error M that grows with time"
+    assumes = "Gaussian process, sigma² = beta~, an error M that grows with time"
     steps = (
         "A pair costs d/2 (snr_s - snr_t) M_t: the error at its later time.",
         "(snr_s - snr_u) M_u + (snr_u - snr_t) M_t - (snr_s - snr_t) M_t = "
@@ -84,7 +84,7 @@ class Halving(Identity):
                 (f"2 L_{FINE} - L_{(FINE + 1) // 2}", extrapolated, RICHARDSON),
                 (known.what, limit, known.by),
                 tolerance=1e-5,
-                note="tolerance: its own error, O(1/N^2)",
+                note="tolerance: its own error, O(1/N²)",
             ),
         ]
 
@@ -103,7 +103,7 @@ def _inserted() -> Line:
     return compared(
         "Gaussian",
         ("cost(s,u) + cost(u,t) - cost(s,t)", costs[0] + costs[1] - costs[2], PAIR),
-        ("1/2 (snr_s - snr_u)(M_u - M_t)", gain, "nelbo.data.mixture.GaussianMixture.spread"),
+        ("½ (snr_s - snr_u)(M_u - M_t)", gain, "nelbo.data.mixture.GaussianMixture.spread"),
         tolerance=1e-8,
         note="mixture of two normals",
     )
@@ -138,7 +138,7 @@ class BitsContinuous(Identity):
         "Backwards, given x_0, it jumps from x with the rate beta pi(x) rho, "
         "rho = q(other|x_0)/q(x|x_0); under the model with rho^ in place of rho.",
         "The divergence of two jumps with rates a and b is a log(a/b) - a + b per time.",
-        "The gap of N pairs falls like 1/N, so that 2 S_2N - S_N is right to 1/N^2.",
+        "The gap of N pairs falls like 1/N, so that 2 S_2N - S_N is right to 1/N².",
     )
     functions = (PAIR, "nelbo.binary.Context", "nelbo.processes.bernoulli.Bernoulli.marginal")
     source = "Campbell et al. 2022, A continuous time framework for discrete denoising models"
@@ -154,7 +154,7 @@ class BitsContinuous(Identity):
                     (f"2 S_{2 * PAIRS} - S_{PAIRS}", 2 * fine - coarse, PAIR),
                     ("the integral", _jumps(model), self.functions[2]),
                     tolerance=1e-6,
-                    note=f"{name}; tolerance: the grids' own error, O(1/N^2)",
+                    note=f"{name}; tolerance: the grids' own error, O(1/N²)",
                 )
             )
         return lines

@@ -40,8 +40,8 @@ class SimpleWeight(Identity):
         r"\mathrm{expm1}(\lambda_s-\lambda_t)\,\mathbb E\|\varepsilon-\hat\varepsilon\|^2,\qquad "
         r"L_{\mathrm{simple}}=\tfrac1N\sum_t1\cdot\mathbb E\|\varepsilon-\hat\varepsilon\|^2"
     )
-    text = "sum E KL = sum 1/2 expm1(lambda_s-lambda_t) E||eps-eps_hat||^2; L_simple: weight 1"
-    assumes = "Gaussian process, sigma^2 = beta~"
+    text = "sum E KL = sum ½ expm1(lambda_s-lambda_t) E‖eps-eps_hat‖²; L_simple: weight 1"
+    assumes = "Gaussian process, sigma² = beta~"
     steps = (
         "Sum the identity before over the pairs and take expectations.",
         "L_simple replaces every weight by 1, and the decoder term by one more squared error.",
@@ -102,7 +102,7 @@ class ConditionalMean(Identity):
         r"\mathbb E\|\varepsilon-\hat\varepsilon\|^2=\mathbb E\|\varepsilon-\mathbb E[\varepsilon|"
         r"x_t]\|^2+\mathbb E\|\mathbb E[\varepsilon|x_t]-\hat\varepsilon\|^2"
     )
-    text = "E||eps-eps_hat||^2 = E||eps-E[eps|x_t]||^2 + E||E[eps|x_t]-eps_hat||^2"
+    text = "E‖eps-eps_hat‖² = E‖eps-E[eps|x_t]‖² + E‖E[eps|x_t]-eps_hat‖²"
     assumes = "eps_hat is a function of x_t and t only"
     steps = (
         "Write eps - eps_hat = (eps - E[eps|x_t]) + (E[eps|x_t] - eps_hat).",
@@ -128,7 +128,7 @@ class ConditionalMean(Identity):
         return [
             compared(
                 "Gaussian",
-                ("E||eps-eps_hat||^2", left, NOISE),
+                ("E‖eps-eps_hat‖²", left, NOISE),
                 ("floor + excess", floor + excess, "nelbo.data.mixture.GaussianMixture.spread"),
                 tolerance=1e-7,
                 note="mixture of two normals",

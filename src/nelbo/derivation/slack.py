@@ -48,7 +48,7 @@ class ValueAtBest(Identity):
     name = "log-four"
     title = "At the best discriminator the value is 2 JSD − log 4"
     latex = (
-        r"\max_D V = E_p\log\frac{p}{p+g} + E_g\log\frac{g}{p+g}"
+        r"\max_D V = \mathbb E_p\log\frac{p}{p+g} + \mathbb E_g\log\frac{g}{p+g}"
         r" = 2\,\mathrm{JSD}(p,g) - \log 4 \ge -\log 4"
     )
     text = "max over D of V = E_p log p/(p+g) + E_g log g/(p+g) = 2 JSD(p, g) - log 4 >= -log 4"
@@ -126,9 +126,9 @@ class Slack(Identity):
     title = "What a discriminator leaves of JSD is a mean KL divergence"
     latex = (
         r"\mathrm{JSD}(p,g) - \left(\log 2 + \tfrac12 V(D,G)\right)"
-        r" = E_m\,\mathrm{KL}(\mathrm{Bern}(D^*)\,\|\,\mathrm{Bern}(D)) \ge 0"
+        r" = \mathbb E_m\,\mathrm{KL}(\mathrm{Bern}(D^*)\,\|\,\mathrm{Bern}(D)) \ge 0"
     )
-    text = "JSD - (log 2 + V/2) = E_m KL(Bern(D*) || Bern(D)) >= 0, m = (p + g)/2"
+    text = "JSD - (log 2 + V/2) = E_m KL(Bern(D*) ‖ Bern(D)) >= 0, m = (p + g)/2"
     assumes = "any D at all"
     steps = (
         "By I29, JSD − (log 2 + V(D)/2) = (V(D*) − V(D))/2.",
@@ -171,7 +171,7 @@ class Slack(Identity):
             equal(
                 DENSITIES,
                 Said("JSD - (log 2 + V/2), JSD by quadrature", "nelbo.gan.value"),
-                Said("E_m KL(Bern(D*) || Bern(D))", SLACK),
+                Said("E_m KL(Bern(D*) ‖ Bern(D))", SLACK),
                 divergence - (LOG2 + values / 2),
                 torch.tensor(lost, dtype=torch.float64),
                 of="discriminators",
@@ -180,7 +180,7 @@ class Slack(Identity):
             equal(
                 POINTS,
                 Said("JSD - (log 2 + V/2), JSD from the masses", "nelbo.gan.value"),
-                Said("E_m KL(Bern(D*) || Bern(D))", "nelbo.bits.Bits"),
+                Said("E_m KL(Bern(D*) ‖ Bern(D))", "nelbo.bits.Bits"),
                 pairs.jsd() - (LOG2 + pairs.value(logits) / 2),
                 pairs.slack(logits),
                 of="random pairs with random D",

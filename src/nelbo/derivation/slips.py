@@ -36,9 +36,9 @@ P, Q = (0.6, 0.5), (0.0, 1.48)
 class SquaredDistance(Erratum):
     id = "E25"
     identity = "I21"
-    printed = "the mean squared error of two normals is 1/2 ((mu_P-mu_Q)^2 + v_P + v_Q)"
-    right = "of independent draws it is (mu_P-mu_Q)^2 + v_P + v_Q"
-    why = "there is no 1/2, and it depends on how the two draws are coupled"
+    printed = "the mean squared error of two normals is ½ ((mu_P-mu_Q)² + v_P + v_Q)"
+    right = "of independent draws it is (mu_P-mu_Q)² + v_P + v_Q"
+    why = "there is no ½, and it depends on how the two draws are coupled"
 
     def line(self, seed: int) -> Line:
         z, w = hermite(4)
@@ -49,7 +49,7 @@ class SquaredDistance(Erratum):
         return compared(
             "Gaussian",
             ("as printed", printed, "closed form"),
-            ("E (X - Y)^2 of independent draws", drawn, "nelbo.distributions.DiagonalNormal"),
+            ("E (X - Y)² of independent draws", drawn, "nelbo.distributions.DiagonalNormal"),
             unit="squared error",
         )
 
@@ -73,7 +73,7 @@ class SameMinimiser(Erratum):
 class Transition(Erratum):
     id = "E28"
     identity = "I22"
-    printed = "q(x_t|x_{t-1}) has the variance (1 - keep_t)^2"
+    printed = "q(x_t|x_{t-1}) has the variance (1 - keep_t)²"
     right = "1 - alpha_t = beta_t; 1 - keep_t, not squared, is that of q(x_t|x_0)"
     why = "a bar too many, and a standard deviation's square squared"
 
@@ -94,7 +94,7 @@ class WrongWay(Erratum):
     id = "E34"
     identity = "I19"
     printed = "the expectation in KL is taken under the learned model"
-    right = "under the posterior: KL(q||p)"
+    right = "under the posterior: KL(q‖p)"
     why = "both ways are equal for equal covariances only"
 
     def line(self, seed: int) -> Line:
@@ -105,7 +105,7 @@ class WrongWay(Erratum):
         return compared(
             "Gaussian",
             ("E_p log p/q", under_model, LOG_PROB),
-            ("KL(q||p)", kl_divergence(one, other), KL),
+            ("KL(q‖p)", kl_divergence(one, other), KL),
         )
 
 
@@ -141,7 +141,7 @@ class CrossTerm(Erratum):
         return compared(
             "Gaussian",
             ("as printed", printed, "closed form"),
-            ("E (x-m2)^2/v", form, "nelbo.data.mixture.GaussianMixture.log_prob"),
+            ("E (x-m2)²/v", form, "nelbo.data.mixture.GaussianMixture.log_prob"),
         )
 
 
@@ -156,15 +156,15 @@ def _form() -> tuple[Tensor, float]:
 class LostMinus(Erratum):
     id = "E37"
     identity = "I19"
-    printed = "1/2 E[A - B] = -1/2 (d - d - ||delta||^2/v)"
-    right = "-1/2 E[A - B] = 1/2 ||delta||^2/v"
+    printed = "½ E[A - B] = -½ (d - d - ‖delta‖²/v)"
+    right = "-½ E[A - B] = ½ ‖delta‖²/v"
     why = "the minus on the left was lost: E[A - B] is negative, KL is not"
 
     def line(self, seed: int) -> Line:
         form, _ = _form()
         return compared(
             "Gaussian",
-            ("1/2 E[A - B]", 0.5 * (1 - form), "nelbo.data.mixture.GaussianMixture.log_prob"),
+            ("½ E[A - B]", 0.5 * (1 - form), "nelbo.data.mixture.GaussianMixture.log_prob"),
             ("KL", kl_divergence(_law(*P), _law(Q[0], P[1])), KL),
         )
 
@@ -172,8 +172,8 @@ class LostMinus(Erratum):
 class BarredMean(Erratum):
     id = "E38"
     identity = "I22"
-    printed = "mu = (x_t - beta_t eps/sqrt(1 - keep_t))/sqrt(keep_t)"
-    right = "mu = (x_t - beta_t eps/sqrt(1 - keep_t))/sqrt(alpha_t)"
+    printed = "mu = (x_t - beta_t eps/√(1 - keep_t))/√keep_t"
+    right = "mu = (x_t - beta_t eps/√(1 - keep_t))/√alpha_t"
     why = "alpha_t was read as its product, keep_t"
 
     def line(self, seed: int) -> Line:
@@ -194,8 +194,8 @@ class BarredMean(Erratum):
 class BarredWeight(Erratum):
     id = "E39"
     identity = "I23"
-    printed = "KL = beta_t^2/(2 beta_t keep_t (1 - keep_t)) ||eps - eps_hat||^2"
-    right = "beta_t/(2 alpha_t (1 - keep_{t-1})) ||eps - eps_hat||^2, with sigma^2 = beta~"
+    printed = "KL = beta_t²/(2 beta_t keep_t (1 - keep_t)) ‖eps - eps_hat‖²"
+    right = "beta_t/(2 alpha_t (1 - keep_{t-1})) ‖eps - eps_hat‖², with sigma² = beta~"
     why = "a bar on alpha_t, and beta_t for beta~: other covariances, so that KL has one part more"
 
     def line(self, seed: int) -> Line:
@@ -213,8 +213,8 @@ class BarredWeight(Erratum):
 class LostDimension(Erratum):
     id = "E44"
     identity = "I20"
-    printed = "KL = 1/2 [log(v2/v1) + v1/v2 + ||m1-m2||^2/v2 - 1] for vectors"
-    right = "1/2 [d log(v2/v1) + d v1/v2 + ||m1-m2||^2/v2 - d]"
+    printed = "KL = ½ [log(v2/v1) + v1/v2 + ‖m1-m2‖²/v2 - 1] for vectors"
+    right = "½ [d log(v2/v1) + d v1/v2 + ‖m1-m2‖²/v2 - d]"
     why = "the variance part counts once per dimension: 1.07 nats at d = 7, v1 = .3, v2 = .8"
 
     def line(self, seed: int) -> Line:

@@ -24,7 +24,7 @@ from nelbo.timesampling import MEMORY, UNIFORM, SecondMoment, place
 NODES, PLACE = "nelbo.design.nodes", "nelbo.timesampling.place"
 MOMENT = "nelbo.timesampling.SecondMoment"
 REPEATS = 2000
-SQUARED = "nats^2"
+SQUARED = "nats²"
 
 
 def vector(values: list[float]) -> Tensor:
@@ -45,15 +45,15 @@ class Strata(Identity):
         r"\Delta_g\sigma_g\Big)^2,\qquad n\,\mathrm{Var}_{\mathrm{iid}}\ge\Big(\sum_i r_i\Big)^2"
         r"-J^2\ge\Big(\sum_i\sigma_i\Big)^2"
     )
-    text = "Var of strata = sum sigma_i^2/n_i, least at n_i ~ sigma_i; independent draws cost more"
+    text = "Var of strata = sum sigma_i²/n_i, least at n_i ~ sigma_i; independent draws cost more"
     assumes = "allocation and probabilities fixed beforehand"
     steps = (
-        "n_i independent draws of term i have a mean of variance sigma_i^2/n_i; the terms add up.",
-        "Cauchy-Schwarz: (sum sigma_i)^2 <= (sum sigma_i^2/n_i)(sum n_i), equal at n_i ~ sigma_i.",
-        "Independent draws of (i, term_i/p_i) have the second moment sum r_i^2/p_i >= "
-        "(sum r_i)^2, r_i^2 = E term_i^2, equal at p_i ~ r_i; subtract J^2.",
-        "With r_i^2 = a_i^2 + sigma_i^2 the triangle inequality gives (sum r)^2 >= (sum a)^2 + "
-        "(sum sigma)^2: strata are never worse.",
+        "n_i independent draws of term i have a mean of variance sigma_i²/n_i; the terms add up.",
+        "Cauchy-Schwarz: (sum sigma_i)² <= (sum sigma_i²/n_i)(sum n_i), equal at n_i ~ sigma_i.",
+        "Independent draws of (i, term_i/p_i) have the second moment sum r_i²/p_i >= "
+        "(sum r_i)², r_i² = E term_i², equal at p_i ~ r_i; subtract J².",
+        "With r_i² = a_i² + sigma_i² the triangle inequality gives (sum r)² >= (sum a)² + "
+        "(sum sigma)²: strata are never worse.",
     )
     functions = (NODES, PLACE, MOMENT)
     source = "Neyman 1934; Cochran 1977, ch. 5; Nichol, Dhariwal 2021, section 3.3"
@@ -67,7 +67,7 @@ class Strata(Identity):
         square = Side(
             "variance of the stratified sum", *mean_se((sums - MEANS.sum()) ** 2), by=NODES
         )
-        known = Side("(sum sigma)^2/n", total**2 / n, by="closed form")
+        known = Side("(sum sigma)²/n", total**2 / n, by="closed form")
         note = f"{REPEATS} repeats of {n} calls"
         even, seen = _iid(torch.full_like(p, 0.25)), _iid(_remembered())
         bare = _iid((_remembered() - UNIFORM / 4) / (1 - UNIFORM))
@@ -77,7 +77,7 @@ class Strata(Identity):
             compared(
                 "any terms",
                 ("variance of one draw, p by second moments", bare, MOMENT),
-                ("(sum r)^2 - J^2", roots**2 - MEANS.sum() ** 2, "closed form"),
+                ("(sum r)² - J²", roots**2 - MEANS.sum() ** 2, "closed form"),
                 note="without the uniform share of .001",
                 unit=SQUARED,
             ),
@@ -86,7 +86,7 @@ class Strata(Identity):
                 (
                     Side("one draw, uniform p", even, by="closed form"),
                     Side("one draw, p by second moments", seen, by=MOMENT),
-                    Side("(sum sigma)^2", total**2, by="closed form"),
+                    Side("(sum sigma)²", total**2, by="closed form"),
                 ),
                 ">=",
                 unit=SQUARED,
@@ -123,8 +123,8 @@ class MirroredOffsets(Identity):
         "The two nodes lie at the same distance d on both sides of the middle of their cell.",
         "For a line the two errors cancel, whatever w is.",
         "Each node alone is uniform on its cell, so that the mean is unbiased for every f.",
-        "For f = v^2 the mean of a pair is (middle)^2 + d^2 with d uniform up to 1/k, and "
-        "Var d^2 = (4/45)/k^4: over k/2 cells the variance is 32/(180 k^5).",
+        "For f = v² the mean of a pair is (middle)² + d² with d uniform up to 1/k, and "
+        "Var d² = (4/45)/k^4: over k/2 cells the variance is 32/(180 k^5).",
     )
     functions = (NODES,)
     source = "Hammersley, Morton 1956"
@@ -138,7 +138,7 @@ class MirroredOffsets(Identity):
         broken = (level[cell] + slope[cell] * v).mean(1)
         middle = (2 * torch.arange(k // 2) + 1) / k
         square = Side(
-            "variance of the mean of v^2", *mean_se(((v**2).mean(1) - 1 / 3) ** 2), by=NODES
+            "variance of the mean of v²", *mean_se(((v**2).mean(1) - 1 / 3) ** 2), by=NODES
         )
         known = Side("32/(180 k^5)", 32 / (180 * k**5), by="closed form")
         return [
@@ -160,12 +160,12 @@ class LatinHypercube(Identity):
         r"\mathrm{Var}\,\frac1n\sum_xf(x,\sigma(x))=\frac{\sum_{x,j}D_{xj}^2}{n^2(n-1)},\qquad "
         r"D_{xj}=f_{xj}-\bar f_{x\cdot}-\bar f_{\cdot j}+\bar f_{\cdot\cdot}"
     )
-    text = "Var of the mean of f(x, sigma(x)) = sum D^2/(n^2 (n-1)), D = f less both main effects"
+    text = "Var of the mean of f(x, sigma(x)) = sum D²/(n² (n-1)), D = f less both main effects"
     assumes = "n examples meet n cells in uniformly random order sigma"
     steps = (
         "Every example comes once and every cell comes once: what depends on one of them alone "
         "adds up to a constant. Subtract it; D is left.",
-        "E D_{x sigma(x)} = 0 and E D^2_{x sigma(x)} = sum_j D_xj^2/n.",
+        "E D_{x sigma(x)} = 0 and E D²_{x sigma(x)} = sum_j D_xj²/n.",
         "For two examples E D D' = sum_{j != l} D_xj D_yl/(n(n-1)) = -sum_j D_xj D_yj/(n(n-1)).",
         "Summed over all pairs, with the columns of D adding up to 0, the factor becomes 1/(n-1).",
     )
@@ -184,7 +184,7 @@ class LatinHypercube(Identity):
         sides = (
             Side("variance, drawn", *mean_se((drawn - table.mean()) ** 2), by=NODES),
             Side("variance over all 720 pairings", float(every.var(unbiased=False)), by="all"),
-            Side("sum D^2/(n^2 (n-1))", float((left**2).sum() / (n**2 * (n - 1))), by="table"),
+            Side("sum D²/(n² (n-1))", float((left**2).sum() / (n**2 * (n - 1))), by="table"),
         )
         added = torch.arange(n)[:, None] ** 2 + 3.0 * torch.arange(n)
         means = added.double()[rows, cells].mean(1)

@@ -56,7 +56,7 @@ def divergences(t: Trained) -> Said:
     return [
         t.exact(
             (f"E over x_s of {left}, x_t given", torch.stack(inner, 1), KERNEL),
-            ("KL(q(x_s|x_t,x_0)||p(x_s|x_t))", kl, PAIR),
+            ("KL(q(x_s|x_t,x_0)‖p(x_s|x_t))", kl, PAIR),
             of="pairs of neighbours on trajectories",
         ),
         t.drawn(
@@ -90,7 +90,7 @@ def last_term(t: Trained) -> Said:
     return [
         t.drawn(
             ("E log q(x_N|x_0)/p(x_N)", ratio, MARGINAL),
-            ("KL(q(x_N|x_0)||p(x_N))", t.terms.prior, PRIOR),
+            ("KL(q(x_N|x_0)‖p(x_N))", t.terms.prior, PRIOR),
         )
     ]
 

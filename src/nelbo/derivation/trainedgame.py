@@ -115,7 +115,7 @@ class Players:
     @property
     def where(self) -> str:
         """What the two laws are."""
-        return f"p and {COMPONENTS} samples of G, both blurred by N(0, {self.blur:.3g}^2)"
+        return f"p and {COMPONENTS} samples of G, both blurred by N(0, {self.blur:.3g}²)"
 
     def blurred(self, std: float) -> Blurred:
         """JSD of the data's law and G's, both blurred, from many samples."""
@@ -201,7 +201,7 @@ def _left(t: Players) -> Line:
     lost = quadrature.slack(*t.laws, t.logit, agreement=AGREEMENT)
     sides = (
         Side(
-            "log 2 + V/2 + E_m KL(Bern(D*)||Bern(D))",
+            "log 2 + V/2 + E_m KL(Bern(D*)‖Bern(D))",
             LOG2 + t.value.value / 2 + lost.value,
             0.0,
             "nelbo.quadrature.value, nelbo.quadrature.slack",
@@ -225,7 +225,7 @@ def _below(t: Players) -> Line:
         Side("L_D on blurred draws", *plug_in, "nelbo.jsd.plug_in"),
         Side("JSD", found.value, found.se * widened(BLOCKS), "nelbo.blurred.blurred"),
     )
-    note = f"p and the law of G, both blurred by N(0, {t.blur:.3g}^2)"
+    note = f"p and the law of G, both blurred by N(0, {t.blur:.3g}²)"
     return Line(t.name, sides, "<=", 1e-6, note=note)
 
 

@@ -80,7 +80,7 @@ def mean_difference(t: Trained, q: Gaussian) -> Said:
     left, right = (torch.stack(v) for v in zip(*found, strict=True))
     line = t.exact(
         ("mean of q(x_s|x_t,x_0) - mean of p(x_s|x_t)", left, f"{POSTERIOR}, {KERNEL}"),
-        ("-c sqrt(l_t/alpha) (eps - eps^)", right, NOISE),
+        ("-c √(l_t/alpha) (eps - eps^)", right, NOISE),
         of=f"pairs, each at the worst of {t.x_0.numel()} numbers",
     )
     return [line]
@@ -111,12 +111,12 @@ def four_forms(t: Trained, q: Gaussian) -> Said:
         t.exact(
             ("sum over pairs of KL, variance beta~", total["divergence"], PAIR),
             (
-                "1/2 (snr_s - snr_t) ||x_0 - x_0^||^2",
+                "½ (snr_s - snr_t) ‖x_0 - x_0^‖²",
                 total["data"],
                 "nelbo.reverse.Prediction.x_0",
             ),
-            ("1/2 expm1(λ_s - λ_t) ||eps - eps^||^2", total["noise"], NOISE),
-            ("1/2 (snr_s - snr_t) l_t ||v - v^||^2", total["velocity"], NOISE),
+            ("½ expm1(λ_s - λ_t) ‖eps - eps^‖²", total["noise"], NOISE),
+            ("½ (snr_s - snr_t) l_t ‖v - v^‖²", total["velocity"], NOISE),
             of="examples",
         )
     ]
@@ -140,11 +140,11 @@ def losses(t: Trained, q: Gaussian) -> Said:
     own = Simple(t.times)
     weighted = t.means(
         ("sum over pairs of E KL, variance beta~", total["divergence"], PAIR),
-        ("sum of 1/2 expm1(λ_s - λ_t) E ||eps - eps^||^2", total["noise"], NOISE),
+        ("sum of ½ expm1(λ_s - λ_t) E ‖eps - eps^‖²", total["noise"], NOISE),
     )
     unweighted = t.means(
         ("L_simple, averaged over its time", _expected(own, t), _by(own)),
-        ("mean over times of ||eps - eps^||^2, weight 1", simple, NOISE),
+        ("mean over times of ‖eps - eps^‖², weight 1", simple, NOISE),
         SQUARES,
     )
     lines = [weighted, _own(t, unweighted, Simple), _own(t, _means(t, q), Mean)]
@@ -187,7 +187,7 @@ def _means(t: Trained, q: Gaussian) -> Line:
     return t.means(
         ("L_mean, averaged over its time", _expected(own, t), _by(own)),
         (
-            "mean over times of ||mean of q - mean of p||^2",
+            "mean over times of ‖mean of q - mean of p‖²",
             total / len(t.times),
             f"{POSTERIOR}, {KERNEL}",
         ),
@@ -217,9 +217,9 @@ def floor(t: Trained, q: Gaussian) -> Said:
         more += here.snr * per_example((best - at.x_0) ** 2) / len(t.times)
     return [
         t.drawn(
-            ("E ||eps - eps^||^2", whole, NOISE),
+            ("E ‖eps - eps^‖²", whole, NOISE),
             (
-                "E ||eps - E[eps|x_t]||^2 + E ||E[eps|x_t] - eps^||^2",
+                "E ‖eps - E[eps|x_t]‖² + E ‖E[eps|x_t] - eps^‖²",
                 least + more,
                 f"{MIXTURE}.spread, {MIXTURE}.denoise",
             ),
@@ -227,8 +227,8 @@ def floor(t: Trained, q: Gaussian) -> Said:
             unit=SQUARES,
         ),
         t.drawn(
-            ("E ||eps - E[eps|x_t]||^2, the floor", least, f"{MIXTURE}.spread"),
-            ("E ||eps - eps^||^2", whole, NOISE),
+            ("E ‖eps - E[eps|x_t]‖², the floor", least, f"{MIXTURE}.spread"),
+            ("E ‖eps - eps^‖²", whole, NOISE),
             "<=",
             "mean over times",
             SQUARES,
@@ -271,7 +271,7 @@ def _continuous(t: Trained) -> Line:
         integral = _integral(t)
     line = t.drawn(
         ("E L in continuous time, times drawn", drawn, _by(own)),
-        ("prior + 1/2 integral ||eps - eps^||^2 - log p(x_0|x_1)", integral, NOISE),
+        ("prior + ½ integral ‖eps - eps^‖² - log p(x_0|x_1)", integral, NOISE),
     )
     return _own(t, line, Continuous)
 

@@ -24,7 +24,7 @@ OF, ACCOUNT = "nelbo.estimate.Estimate.of", "nelbo.accounting.account"
 EXAMPLES, REPLICATES, AGAIN = 30, 3, 600
 BETWEEN, WITHIN = 2.0, 0.5
 """Variances of the examples' means and of the noise."""
-SQUARED = "nats^2"
+SQUARED = "nats²"
 SET, CALLS, DESIGNS = 300, 0.5, 300
 
 
@@ -36,12 +36,12 @@ class TwoVariances(Identity):
         r"\mathrm{se}_{\mathrm{mc}}^2=\frac{W}{NR},\qquad\mathrm{se}^2=\frac BN,\qquad "
         r"\sigma_x^2=B-\frac WR,\qquad \mathrm{se}_{\mathrm{mc}}^2=(1-f)\frac Bn+f\frac W{nR}"
     )
-    text = "se_mc^2 = W/(N R), se^2 = B/N, sigma_x^2 = B - W/R; with n of N_0 drawn, f = n/N_0"
+    text = "se_mc² = W/(N R), se² = B/N, sigma_x² = B - W/R; with n of N_0 drawn, f = n/N_0"
     assumes = "examples and repeats independent; coupled designs are repeated as a whole"
     steps = (
         "A value is the example's own mean plus noise; the mean over R repeats has noise W/R.",
         "The mean over this set differs from the set's truth by noise alone: W/(N R).",
-        "For the population the N examples are draws too: B/N, and E B = sigma_x^2 + W/R already "
+        "For the population the N examples are draws too: B/N, and E B = sigma_x² + W/R already "
         "holds the noise, so that the two errors are never added.",
         "n of N_0 examples without replacement: the mean of a sample has (1 - f) B_0/n, B_0 "
         "without noise, and all the noise W/(n R); with B = B_0 + W/R this is "
@@ -60,15 +60,15 @@ class TwoVariances(Identity):
         note = f"{AGAIN} sets of {n} examples, {r} repeats each"
         return [
             _line(
-                ("mean of se_mc^2", mc**2),
-                ("mean of (estimate - the set's truth)^2", (mean - effect.mean(1)) ** 2),
+                ("mean of se_mc²", mc**2),
+                ("mean of (estimate - the set's truth)²", (mean - effect.mean(1)) ** 2),
                 ("W/(N R)", WITHIN / (n * r)),
                 note,
             ),
             _line(
-                ("mean of se^2", se**2),
-                ("mean of (estimate - the population's truth)^2", mean**2),
-                ("(sigma_x^2 + W/R)/N", (BETWEEN + WITHIN / r) / n),
+                ("mean of se²", se**2),
+                ("mean of (estimate - the population's truth)²", mean**2),
+                ("(sigma_x² + W/R)/N", (BETWEEN + WITHIN / r) / n),
                 note,
             ),
             _some_left_out(seed),
@@ -100,9 +100,9 @@ def _some_left_out(seed: int) -> Line:
         claimed.append(found.se_mc**2)
         missed.append((found.mean - float(truth.mean())) ** 2)
     sides = (
-        Side("mean of se_mc^2, examples left out", *mean_se(torch.tensor(claimed)), by=ACCOUNT),
+        Side("mean of se_mc², examples left out", *mean_se(torch.tensor(claimed)), by=ACCOUNT),
         Side("as the two replicates have it", _known(plan, float(truth.var())), by="closed form"),
-        Side("mean of (estimate - the set's truth)^2", *mean_se(torch.tensor(missed)), by=ACCOUNT),
+        Side("mean of (estimate - the set's truth)²", *mean_se(torch.tensor(missed)), by=ACCOUNT),
     )
     note = f"{DESIGNS} designs of {plan.calls} calls on {SET} examples; 2 % for a ratio's bias"
     return Line("Gaussian", sides, tolerance=0.02 * sides[1].value, note=note, unit=SQUARED)

@@ -92,7 +92,7 @@ class ManyTrajectories(Identity):
     title = "More trajectories per example give a tighter bound that never falls below the truth"
     latex = (
         r"-\log p_\theta(x_0) \le L_{M+1} \le L_M \le L_1 = L(x_0),\quad "
-        r"L_M = -E\log\tfrac1M\sum_m w_m"
+        r"L_M = -\mathbb E\log\tfrac1M\sum_m w_m"
     )
     text = "-log p(x_0) <= E L_{M+1} <= E L_M <= E L_1 = L(x_0), L_M = -log((1/M) sum of w_m)"
     assumes = "every w_m of one joint trajectory: x_N ~ q(x_N|x_0), then x_s ~ q(x_s|x_t, x_0)"
@@ -144,12 +144,12 @@ class EffectiveSize(Identity):
     name = "effective-size"
     title = "How far M trajectories come is set by the spread of their weights"
     latex = (
-        r"E L_M + \log p_\theta \approx \frac{\chi^2}{2M},\quad "
+        r"\mathbb E L_M + \log p_\theta \approx \frac{\chi^2}{2M},\quad "
         r"\mathrm{ESS} = \frac{(\sum w)^2}{\sum w^2} \approx \frac{M}{1+\chi^2},\quad "
         r"\chi^2 = \frac{\mathrm{Var}\,w}{p_\theta^2}"
     )
-    text = "E L_M + log p = chi^2/(2M) + ..., (sum w)^2/(sum w^2) near M/(1 + chi^2)"
-    assumes = "M large against chi^2; if log w is normal with variance v, E L_1 + log p = v/2"
+    text = "E L_M + log p = chi²/(2M) + ..., (sum w)²/(sum w²) near M/(1 + chi²)"
+    assumes = "M large against chi²; if log w is normal with variance v, E L_1 + log p = v/2"
     steps = (
         "Write the mean of the weights as p_θ (1 + δ): δ has mean 0 and variance χ²/M.",
         "−log(1 + δ) = −δ + δ²/2 − δ³/3 + …: the mean is χ²/(2M) − μ₃/(3M²) + 3χ⁴/(4M²) + …",
@@ -173,7 +173,7 @@ class EffectiveSize(Identity):
         third = (every.log_q.exp() * (every.log_w - truth).expm1() ** 3).sum(1)
         series = chi / (2 * m) - third / (3 * m**2) + 3 * chi**2 / (4 * m**2)
         left = Said("E L_M + log p, all choices of M trajectories", TABLE)
-        right = Said("chi^2/(2M) - mu_3/(3M^2) + 3 chi^4/(4M^2)")
+        right = Said("chi²/(2M) - mu_3/(3M²) + 3 chi^4/(4M²)")
         # what is left out is of the order of (chi^2)^2/M^3 and mu_4/M^3
         return equal(
             BERNOULLI, left, right, gaps, series, of="examples and M = 2, 3", tolerance=2e-4
@@ -186,7 +186,7 @@ class EffectiveSize(Identity):
         x_0 = setting.x_0[1:2].expand(16, -1)
         found = likelihood.importance_weighted(setting.model, x_0, setting.times, 2048, seed=seed)
         mean, se = mean_se(found.ess / found.draws)
-        exact = Side("1/(1 + chi^2), every trajectory", float(1 / (1 + chi)))
+        exact = Side("1/(1 + chi²), every trajectory", float(1 / (1 + chi)))
         note = "16 times 2048 trajectories of one example"
         return Line(
             BERNOULLI, (Side("ESS/M", mean, se, ESS), exact), "=", 1e-3, note=note, unit=""
@@ -218,10 +218,10 @@ class TwoSided(Identity):
     name = "two-sided"
     title = "With the model's own trajectory the estimate lies on the other side of the truth"
     latex = (
-        r"E_{p_\theta(x_{1:N}|x_0)}\log w = \log p_\theta(x_0)"
+        r"\mathbb E_{p_\theta(x_{1:N}|x_0)}\log w = \log p_\theta(x_0)"
         r" + \mathrm{KL}(p_\theta(x_{1:N}|x_0)\,\|\,q) \ge \log p_\theta(x_0)"
     )
-    text = "E log w = log p(x_0) + KL(p(x_1:N|x_0) || q(x_1:N|x_0)) >= log p(x_0)"
+    text = "E log w = log p(x_0) + KL(p(x_1:N|x_0) ‖ q(x_1:N|x_0)) >= log p(x_0)"
     assumes = "x_0 drawn from the model together with its trajectory"
     steps = (
         "w = p_θ(x_{0:N})/q(x_{1:N}|x_0) = p_θ(x_0) p_θ(x_{1:N}|x_0)/q(x_{1:N}|x_0).",
@@ -245,7 +245,7 @@ class TwoSided(Identity):
             equal(
                 BERNOULLI,
                 Said("E log w over the model's own trajectories", "nelbo.reverse.Reverse.kernel"),
-                Said("log p(x_0) + KL(p(x_1:N|x_0) || q), p(x_0) kernel by kernel"),
+                Said("log p(x_0) + KL(p(x_1:N|x_0) ‖ q), p(x_0) kernel by kernel"),
                 own,
                 truth + apart,
                 of="examples",

@@ -61,15 +61,15 @@ class WienerControl(Identity):
         r"{\sigma^2},\quad W=\frac{\Lambda}{\Lambda+\sigma^2},\qquad \mathbb E\,\mathbb E_"
         r"\varepsilon\ell_G=\tfrac12\sum_jW_j\ \text{for Gaussian data}"
     )
-    text = "E l_G = 1/2 sum [(1-W)^2 xi^2 + sigma^2 W^2]/sigma^2; on average 1/2 sum W"
-    assumes = "Gaussian process, sigma^2 = beta~ for its use on terms; any data for its mean"
+    text = "E l_G = ½ sum [(1-W)² xi² + sigma² W²]/sigma²; on average ½ sum W"
+    assumes = "Gaussian process, sigma² = beta~ for its use on terms; any data for its mean"
     steps = (
         "In the principal axes the best linear denoiser shrinks each coordinate by W.",
         "Its error is (1-W) xi - sigma W eps, coordinate by coordinate; the mean over eps of its "
         "square has no cross term.",
-        "For Gaussian data E xi^2 = Lambda, and (1-W)^2 Lambda + sigma^2 W^2 = sigma^2 W.",
+        "For Gaussian data E xi² = Lambda, and (1-W)² Lambda + sigma² W² = sigma² W.",
         "Subtracting b (l_G - E l_G) from a term changes its mean by nothing, and its variance "
-        "by the factor 1 - R^2 at the best b, which is fitted on other examples.",
+        "by the factor 1 - R² at the best b, which is fitted on other examples.",
     )
     functions = (EXPECTED, FLUCTUATION, TERM, EVALUATE)
     source = "Wiener 1949; Hammersley, Handscomb 1964, ch. 5"
@@ -108,7 +108,7 @@ class WienerControl(Identity):
             compared(
                 "Gaussian",
                 ("E of it over the data", weight @ control.expected(spread, times), EXPECTED),
-                ("1/2 expm1(lambda_s-lambda_t) sum W", overall, "closed form"),
+                ("½ expm1(lambda_s-lambda_t) sum W", overall, "closed form"),
                 tolerance=1e-9,
             ),
             _few_calls(seed),

@@ -152,7 +152,7 @@ class SignOfTheDecoder(Erratum):
 class DecoderUnits(Erratum):
     id = "E42"
     identity = "I11"
-    printed = "x_0 in {0..n-1}, bins j ± 1/2, under a normal law that lives in [-1, 1]"
+    printed = "x_0 in {0..n-1}, bins j ± ½, under a normal law that lives in [-1, 1]"
     right = "x = 2j/(n-1) - 1, bins x ± 1/(n-1), the outer two open"
     why = "levels and law are on two scales, and the masses of all levels do not sum to one"
 
@@ -164,7 +164,7 @@ class DecoderUnits(Erratum):
         right = float(setting.log_by_decoder().exp().sum())
         sides = (
             Side("Σ p_θ(x_0)", right, by="nelbo.decoders.Discretized"),
-            Side("Σ over bins j ± 1/2", printed, by="closed form"),
+            Side("Σ over bins j ± ½", printed, by="closed form"),
         )
         return Line(setting.family, sides, unit="probability")
 
