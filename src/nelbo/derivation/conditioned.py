@@ -89,8 +89,8 @@ class PathWeight(Identity):
     name = "path-weight"
     title = "Weighted paths of the conditioned chain follow the conditioned model exactly"
     latex = (
-        r"W = \prod_{\text{steps}}\frac{Z(x_t)}{r(x_t,t)},\quad \mathbb E\,W = \int p_\theta\, r,\quad "
-        r"\mathbb E[W\,1_{x_0}] = p_\theta(x_0)\,r(x_0)"
+        r"W = \prod_{\text{steps}}\frac{Z(x_t)}{r(x_t,t)},\quad "
+        r"\mathbb E\,W = \int p_\theta\, r,\quad \mathbb E[W\,1_{x_0}] = p_\theta(x_0)\,r(x_0)"
     )
     text = (
         "W = product over steps of Z(x_t)/r(x_t, t): E W = integral of p r; E[W; x_0] = p r(x_0)"

@@ -58,7 +58,8 @@ class Inpainting(Identity):
     title = "Inpainting that noises the known part anew is exact with a weight"
     latex = (
         r"W = \frac{p(y_N)}{q(y_N|y_0)}\prod_{\text{pairs}}"
-        r"\frac{p_\theta(y_s|x_t)}{q(y_s|y_t,y_0)}\,p_\theta(y_0|x_1),\qquad \mathbb E\,W = p_\theta(y_0)"
+        r"\frac{p_\theta(y_s|x_t)}{q(y_s|y_t,y_0)}\,p_\theta(y_0|x_1),\qquad "
+        r"\mathbb E\,W = p_\theta(y_0)"
     )
     text = "W = p(y_N)/q(y_N|y_0) prod p(y_s|x_t)/q(y_s|y_t, y_0) p(y_0|x_1): E W = p(y_0)"
     assumes = (
