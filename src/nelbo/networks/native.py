@@ -50,6 +50,11 @@ def _last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def _empty(like: Tensor, channels: int) -> Tensor:
+    shape = len(like), channels, *like.shape[2:]
+    return torch.empty(shape, dtype=like.dtype, memory_format=torch.channels_last)
+
+
 def _sizes(x: Tensor, *more: int) -> tuple[int, ...]:
     return x.shape[0], x.shape[2] * x.shape[3], *more
 
@@ -97,7 +102,7 @@ class Attend(torch.autograd.Function):
         """(B, 3 C, H, W), queries, keys and values -> (B, C, H, W), channels-last."""
         every = _last(every)
         channels = every.shape[1] // 3
-        out = _last(every.new_empty(len(every), channels, *every.shape[2:]))
+        out = _empty(every, channels)
         ctx.sizes = _sizes(every, heads, channels // heads)
         call("attention_forward", every, out, *ctx.sizes)
         ctx.save_for_backward(every)
@@ -120,7 +125,7 @@ class Map(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """x (B, C, H, W), weight (C', C), bias (C',) -> (B, C', H, W), channels-last."""
         x, weight = _last(x), weight.contiguous()
-        y = _last(x.new_empty(len(x), len(weight), *x.shape[2:]))
+        y = _empty(x, len(weight))
         ctx.sizes = _sizes(x, x.shape[1], len(weight))
         call("map_forward", x, weight, bias, y, *ctx.sizes)
         ctx.save_for_backward(x, weight)
