@@ -158,5 +158,18 @@ def _tell(error: BaseException) -> None:
             text = str(error) or type(error).__name__
             said = {"rank": rank(), "code": exit_code(error), "text": text}
             _store.set("failed", json.dumps(said))
-        elif (first := _heard()) is not None and first["text"] == str(error):
-            error.told = True  # type: ignore[attr-defined]  # the same sentence is said once
+            _linger()
+        elif (first := _heard()) is not None:
+            if first["text"] == str(error):
+                error.told = True  # type: ignore[attr-defined]  # the same sentence is said once
+            if _store is not None:
+                _store.add("heard", 1)
+
+
+def _linger() -> None:
+    """Let ranks that fail for the same reason hear it: what is said goes with the first rank."""
+    deadline = time.monotonic() + GRACE
+    while rank() == 0 and _store is not None and time.monotonic() < deadline:
+        if _store.add("heard", 0) >= world_size() - 1:
+            return
+        time.sleep(0.02)
