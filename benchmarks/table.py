@@ -7,7 +7,7 @@
 
 A piece is a command with a limit of at most nine minutes. What it found lies in --folder; pieces
 that are done there are not done again, so the same command goes on where it was stopped, and a
-machine that is lent for ten minutes at a time fills the table in some turns. A piece that fails is
+machine that is free for ten minutes at a time fills the table in some turns. A piece that fails is
 named, noted in FOLDER/done.json, and does not stop the others; --again NAME repeats it. At the end
 the tables between the marks of docs/speed.md are written anew from the JSON files.
 
