@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from derived import check_lines, check_statement
 from torch import Tensor
 
 from nelbo import gan, jsd, quadrature, sandwich
@@ -27,36 +27,15 @@ def test_every_identity_of_the_game_is_there_once() -> None:
     assert all(one.identity in IDENTITIES for one in ERRATA)
 
 
-def exists(name: str) -> bool:
-    """Whether a dotted name leads to a function, a class or a property."""
-    parts = name.split(".")
-    for cut in range(len(parts) - 1, 0, -1):
-        try:
-            value: Any = importlib.import_module(".".join(parts[:cut]))
-        except ModuleNotFoundError:
-            continue
-        for part in parts[cut:]:
-            value = getattr(value, part)
-        return callable(value) or isinstance(value, property)
-    return False
-
-
 @pytest.mark.parametrize("one", IDENTITIES.values(), ids=IDENTITIES)
 def test_an_identity_says_what_it_is(one: Identity) -> None:
-    said = (one.title, one.latex, one.text, one.assumes, one.source)
-    assert all(said) and len(one.steps) >= 2 and one.functions
-    assert "$" not in one.latex
-    for name in one.functions:
-        assert exists(name), name
+    check_statement(one)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("one", IDENTITIES.values(), ids=IDENTITIES)
 def test_every_line_agrees(one: Identity, seed: int) -> None:
-    for line in one.lines(seed):
-        assert line.agrees, line
-        for name in (side.by for side in line.sides if side.by):
-            assert exists(name), name
+    check_lines(one, seed)
 
 
 @pytest.mark.parametrize("one", ERRATA, ids=lambda one: one.id)

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_derivation_game import disagreeing, exists, scaled
+from derived import check_lines, check_statement
+from test_derivation_game import disagreeing, scaled
 from torch import Tensor
 from torch.distributions import Distribution
 
@@ -38,20 +39,13 @@ def test_every_identity_is_there_once() -> None:
 
 @pytest.mark.parametrize("one", IDENTITIES.values(), ids=IDENTITIES)
 def test_an_identity_says_what_it_is(one: Identity) -> None:
-    said = (one.title, one.latex, one.text, one.assumes, one.source)
-    assert all(said) and len(one.steps) >= 2 and one.functions
-    assert "$" not in one.latex
-    for name in one.functions:
-        assert exists(name), name
+    check_statement(one)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("one", IDENTITIES.values(), ids=IDENTITIES)
 def test_every_line_agrees(one: Identity, seed: int) -> None:
-    for line in one.lines(seed):
-        assert line.agrees, line
-        for name in (side.by for side in line.sides if side.by):
-            assert exists(name), name
+    check_lines(one, seed)
 
 
 @pytest.mark.parametrize("one", conventions.ERRATA, ids=lambda one: one.id)

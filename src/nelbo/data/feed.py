@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nelbo.data.base import Dataset
 from nelbo.data.part import Part, some
+from nelbo.transfer import sent
 
 SHARE = 0.25
 """Of the free memory of a device that training data may take."""
@@ -152,10 +153,10 @@ def _maker(
         rows = order(move)
         with torch.cuda.stream(stream):
             if resident is not None:
-                y = resident[rows.pin_memory().to(device, non_blocking=True)]
+                y = resident[sent(rows, device)]
             else:
                 # levels are moved, a quarter of the bytes of what the network sees
-                y = some(dataset.train, rows).pin_memory().to(device, non_blocking=True)
+                y = sent(some(dataset.train, rows), device)
             x_0 = dataset.encode(y)
             event = torch.cuda.Event()
             event.record(stream)

@@ -145,9 +145,6 @@ class KLBound(Identity):
         forward = (pairs.p * pairs.ideal).sum(-1)
         backward = -(pairs.g * pairs.ideal).sum(-1)
         bounds = jsd.phi((-torch.stack([forward, backward])).exp())
-        mass = torch.tensor([0.05, 0.3, 0.7, 0.95], dtype=torch.float64)
-        dropped = Points(torch.stack([mass, 1 - mass], 1), torch.tensor([[1.0, 0.0]]).double())
-        at = torch.tensor(list(INVERTED), dtype=torch.float64)
         return [
             below(
                 DENSITIES,
@@ -165,14 +162,6 @@ class KLBound(Identity):
                 bounds,
                 of="random pairs and directions",
             ),
-            equal(
-                POINTS,
-                Said("JSD where g = p on one of two points"),
-                Said("φ(exp(-KL(g ‖ p)))", PHI),
-                dropped.jsd(),
-                jsd.phi((mass.log()).exp()),
-                of="masses r",
-            ),
             below(
                 POINTS,
                 Said("kappa(JSD)", KAPPA),
@@ -180,6 +169,23 @@ class KLBound(Identity):
                 jsd.kappa(pairs.jsd()),
                 torch.minimum(forward, backward),
                 of="random pairs",
+            ),
+            *self._exact(),
+        ]
+
+    def _exact(self) -> list[Line]:
+        """Where the bound is reached, and what its inverse is."""
+        mass = torch.tensor([0.05, 0.3, 0.7, 0.95], dtype=torch.float64)
+        dropped = Points(torch.stack([mass, 1 - mass], 1), torch.tensor([[1.0, 0.0]]).double())
+        at = torch.tensor(list(INVERTED), dtype=torch.float64)
+        return [
+            equal(
+                POINTS,
+                Said("JSD where g = p on one of two points"),
+                Said("φ(exp(-KL(g ‖ p)))", PHI),
+                dropped.jsd(),
+                jsd.phi((mass.log()).exp()),
+                of="masses r",
             ),
             equal(
                 POINTS,
